@@ -1,0 +1,2 @@
+//! The `livesnap` command line.
+fn main() {}

@@ -1,0 +1,1 @@
+//! What a snapshot looks like on disk.

@@ -1,0 +1,1 @@
+//! System calls on raw addresses, each behind a safe function with its preconditions checked.

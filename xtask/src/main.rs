@@ -1,0 +1,2 @@
+//! Set-up, tests, demo and benchmarks: see `cargo xtask help`.
+fn main() {}
