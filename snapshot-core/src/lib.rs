@@ -10,6 +10,7 @@
 
 pub mod address;
 pub mod image;
+pub mod mappings;
 pub mod ram;
 pub mod reason;
 #[allow(unsafe_code, reason = "the one place where system calls are made on raw addresses")]
