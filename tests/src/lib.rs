@@ -1,1 +1,44 @@
-//! Harness.
+//! What tests against the real thing are built from.
+//!
+//! ```text
+//! initramfs   the guest: kernel, static init, modules          (guest/ is its program)
+//! qemu        starts a VM that runs it, reads its console
+//! qmp         talks to that VM
+//! mapped_ram  reads a snapshot's RAM file
+//! check       judges whether RAM and disk are of one instant
+//! ```
+//!
+//! Nothing here uses the product's code: a test must not judge the product by the product.
+
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod check;
+pub mod console;
+pub mod initramfs;
+pub mod mapped_ram;
+pub mod qemu;
+pub mod qmp;
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// Asks again and again until there is an answer; an error of `probe` ends it at once.
+pub fn poll_until<T>(
+    what: &str,
+    timeout: Duration,
+    mut probe: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        if let Some(answer) = probe()? {
+            return Ok(answer);
+        }
+        if Instant::now() >= deadline {
+            bail!("waited {timeout:?} in vain: {what}");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
