@@ -1,5 +1,12 @@
 //! What the engine needs of a virtual machine monitor.
 
+pub mod attach;
+mod fd_passing;
+pub mod guard;
+pub mod qemu;
+#[cfg(test)]
+mod testing;
+
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,3 @@
+//! QEMU, driven from outside through its monitor.
+
+pub mod qmp;
