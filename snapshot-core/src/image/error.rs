@@ -12,7 +12,7 @@ use crate::image::reader::StreamError;
 #[non_exhaustive]
 pub enum ImageError {
     /// A system call failed.
-    #[error("could not {operation} {}", path.display())]
+    #[error("could not {operation} {}: {source}", path.display())]
     Io {
         /// What was tried, to be followed by the path.
         operation: &'static str,
@@ -120,7 +120,7 @@ pub enum ImageError {
         actual_bytes: u64,
     },
     /// A file's structure is broken.
-    #[error("{} is no sound mapped-ram file", path.display())]
+    #[error("{} is no sound mapped-ram file: {source}; take it from another copy", path.display())]
     Stream {
         /// The file.
         path: PathBuf,

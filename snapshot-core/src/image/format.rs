@@ -34,7 +34,10 @@ pub const SECTION_FULL: u8 = 0x04;
 pub const SUBSECTION: u8 = 0x05;
 pub const SECTION_DESCRIPTION: u8 = 0x06;
 pub const SECTION_CONFIGURATION: u8 = 0x07;
+pub const COMMAND: u8 = 0x08;
 pub const SECTION_FOOTER: u8 = 0x7e;
+/// The one command that QEMU writes into a file: be16 number, be16 length 0. livesnap writes none.
+pub const COMMAND_SWITCHOVER_START: u32 = 0x000b_0000;
 
 /// Name of the configuration's subsection that lists capabilities, and its version.
 pub const CAPABILITIES: &str = "configuration/capabilities";

@@ -9,10 +9,10 @@ use std::io;
 
 use crate::address::PAGE_BYTES;
 use crate::image::format::{
-    BLOCK_HEADER_VERSION, CAPABILITIES, CAPABILITIES_VERSION, MAGIC, MAPPED_RAM, PAGES_ALIGN_BYTES,
-    RAM_FLAG_END, RAM_FLAG_TOTAL, RAM_INSTANCE, RAM_SECTION, RAM_VERSION, SECTION_CONFIGURATION,
-    SECTION_END, SECTION_FOOTER, SECTION_PART, SECTION_START, STREAM_VERSION, SUBSECTION,
-    bitmap_bytes,
+    BLOCK_HEADER_VERSION, CAPABILITIES, CAPABILITIES_VERSION, COMMAND, COMMAND_SWITCHOVER_START,
+    MAGIC, MAPPED_RAM, PAGES_ALIGN_BYTES, RAM_FLAG_END, RAM_FLAG_TOTAL, RAM_INSTANCE, RAM_SECTION,
+    RAM_VERSION, SECTION_CONFIGURATION, SECTION_END, SECTION_FOOTER, SECTION_PART, SECTION_START,
+    STREAM_VERSION, SUBSECTION, bitmap_bytes,
 };
 
 /// More blocks than any machine has: QEMU allows 256 memory slots, and a few blocks for each PCI device.
@@ -75,7 +75,7 @@ pub enum StreamError {
         expected: String,
     },
     /// Reading failed.
-    #[error("reading at offset {offset} failed")]
+    #[error("reading at offset {offset} failed: {source}")]
     Read {
         /// Where.
         offset: u64,
@@ -287,22 +287,32 @@ impl<R: ReadAt + ?Sized> Cursor<'_, R> {
         Ok(StreamBlock { id, len_bytes, header_offset, bitmap_offset, pages_offset })
     }
 
-    /// What follows the last page: end of the start section, parts without content, end of the section.
+    /// What follows the last page: end of the start section, then until the end of the RAM section parts
+    /// without content and a command, which QEMU writes and livesnap does not.
     fn ram_end(&mut self, section: u32) -> Result<(), StreamError> {
         self.end_of_section(section)?;
         loop {
             let at = self.at;
-            let kind = self.u8()?;
-            if kind != SECTION_PART && kind != SECTION_END {
-                let found = format!("{kind:#04x}");
-                return Err(unexpected(at, "section type", found, "the end of the RAM section"));
-            }
-            self.expect_u32("section id", section)?;
-            self.end_of_section(section)?;
-            if kind == SECTION_END {
-                return Ok(());
+            match self.u8()? {
+                SECTION_PART => self.empty_section(section)?,
+                SECTION_END => return self.empty_section(section),
+                COMMAND => self.expect_u32("command", COMMAND_SWITCHOVER_START)?,
+                kind => {
+                    let found = format!("{kind:#04x}");
+                    return Err(unexpected(
+                        at,
+                        "section type",
+                        found,
+                        "the end of the RAM section",
+                    ));
+                }
             }
         }
+    }
+
+    fn empty_section(&mut self, section: u32) -> Result<(), StreamError> {
+        self.expect_u32("section id", section)?;
+        self.end_of_section(section)
     }
 
     fn end_of_section(&mut self, section: u32) -> Result<(), StreamError> {
