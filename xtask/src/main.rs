@@ -1,2 +1,63 @@
-//! Set-up, tests, demo and benchmarks: see `cargo xtask help`.
-fn main() {}
+//! Set-up, tests, demo and benchmarks: `cargo xtask help`.
+//!
+//! Run by people and by CI. It depends on nothing of the workspace, so that it can install what the
+//! workspace needs to be built.
+
+#![forbid(unsafe_code)]
+
+mod apt;
+mod check;
+mod setup;
+mod step;
+
+use std::env;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::step::cargo;
+
+const HELP: &str = "\
+Usage: cargo xtask COMMAND [ARGUMENTS]
+
+  setup   install what is missing: libclang, kernel headers, QEMU >= 9,
+          a guest kernel; says what beforehand
+  demo    snapshot a VM under load, restore it, and verify the copy
+  test    setup, then everything that CI checks: format, lints, docs, build, tests, licences
+  bench   measure downtime, stalls and throughput; prints a report
+  soak    snapshot again and again under changing load until told to stop
+  help    this text
+
+Every command but help begins with setup, which does nothing on a machine that has all.
+ARGUMENTS of demo, bench and soak are passed on; `cargo xtask demo --help` lists them.
+Tests that need root are skipped, with a word, unless REQUIRE_PRIVILEGED=1 (CI=true sets it).
+";
+
+fn main() -> Result<()> {
+    let root =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent directory")?;
+    env::set_current_dir(root).with_context(|| format!("cannot change to {}", root.display()))?;
+
+    let mut arguments = env::args().skip(1);
+    let command = arguments.next().unwrap_or_else(|| "help".to_owned());
+    let rest: Vec<String> = arguments.collect();
+    match command.as_str() {
+        "setup" => setup::run(),
+        "test" => check::run_all(),
+        "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
+        "help" | "--help" | "-h" => {
+            eprint!("{HELP}");
+            Ok(())
+        }
+        _ => bail!("there is no command {command:?}; see `cargo xtask help`"),
+    }
+}
+
+/// Builds the product and a program of the tests package, and runs the latter.
+fn run_tool(name: &str, arguments: &[String]) -> Result<()> {
+    setup::run()?;
+    step::run("build", cargo(["build", "--release", "--package", "livesnap"]))?;
+    let mut tool = cargo(["run", "--release", "--package", "livesnap-tests", "--bin", name, "--"]);
+    tool.args(arguments);
+    step::run(name, tool)
+}

@@ -1,0 +1,34 @@
+//! `cargo xtask test`: everything that must hold before a change is merged; CI runs this and nothing else.
+
+use std::env;
+
+use anyhow::Result;
+
+use crate::setup;
+use crate::step::{cargo, run};
+
+/// Stops at the first step that fails.
+pub fn run_all() -> Result<()> {
+    setup::run()?;
+    run("format", cargo(["fmt", "--all", "--check"]))?;
+    run(
+        "lints",
+        cargo(["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+    )?;
+
+    let mut docs = cargo(["doc", "--locked", "--workspace", "--no-deps"]);
+    docs.env("RUSTDOCFLAGS", "-D warnings");
+    run("docs", docs)?;
+
+    run("build", cargo(["build", "--locked", "--workspace"]))?;
+    let mut tests = cargo(["test", "--locked", "--workspace"]);
+    // Where nobody watches, a test that skips for want of root would be a test that never runs.
+    if env::var("CI").is_ok_and(|value| value == "true") {
+        tests.env("REQUIRE_PRIVILEGED", "1");
+    }
+    run("tests", tests)?;
+
+    setup::cargo_deny()?;
+    // Not the advisories: they come from the network, and change without a change of ours.
+    run("licences", cargo(["deny", "--offline", "check", "bans", "licenses", "sources"]))
+}

@@ -1,0 +1,244 @@
+//! `cargo xtask setup`: brings a fresh Debian with a Rust toolchain to where everything can be built and
+//! tested. It looks first and installs only what is missing, so a second run takes no time.
+//!
+//! Only a C compiler must be there before: without one, cargo cannot link this program either.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::apt;
+use crate::step::{cargo, output, program, run as run_step};
+
+/// The first QEMU that reads mapped-ram files.
+const QEMU_MAJOR_MIN: u32 = 9;
+/// The first kernel whose userfaultfd write-protects memory that was never touched.
+const KERNEL_MIN: (u32, u32) = (6, 4);
+/// Debian's smallest kernel with all that a VM needs; the package only depends on the newest version.
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+/// Where the guest's kernel is unpacked; the tests look for it there.
+const KERNEL_DIRECTORY: &str = "target/livesnap-guest/kernel";
+
+/// Something that a Debian package brings.
+struct Need {
+    package: &'static str,
+    reason: &'static str,
+    is_met: fn() -> bool,
+    /// The release's own package is too old for us.
+    from_backports: bool,
+}
+
+const NEEDS: [Need; 4] = [
+    Need {
+        package: "libclang-dev",
+        reason: "the userfaultfd bindings are generated from the kernel's headers",
+        is_met: || std::env::var_os("LIBCLANG_PATH").is_some() || is_installed("libclang-dev"),
+        from_backports: false,
+    },
+    Need {
+        package: "linux-libc-dev",
+        reason: "the kernel's headers",
+        is_met: || Path::new("/usr/include/linux/userfaultfd.h").exists(),
+        from_backports: false,
+    },
+    Need {
+        package: "qemu-system-x86",
+        reason: "QEMU 9 or newer, which runs the test VMs and loads the snapshots",
+        is_met: || qemu_major().is_some_and(|major| major >= QEMU_MAJOR_MIN),
+        from_backports: true,
+    },
+    Need {
+        package: "qemu-utils",
+        reason: "qemu-img and qemu-storage-daemon, for disks",
+        is_met: || runs("qemu-img") && runs("qemu-storage-daemon"),
+        from_backports: true,
+    },
+];
+
+/// Installs what is missing, and says what makes this machine unfit.
+pub fn run() -> Result<()> {
+    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !(need.is_met)()).collect();
+    let has_kernel = kernel().is_some();
+    for need in &missing {
+        eprintln!("will install {}: {}", need.package, need.reason);
+    }
+    if !has_kernel {
+        eprintln!(
+            "will unpack {KERNEL_PACKAGE} into {KERNEL_DIRECTORY}: the kernel of the test VMs; it is not installed"
+        );
+    }
+    install(&missing)?;
+    if !has_kernel {
+        unpack_kernel()?;
+    }
+    for problem in unfit() {
+        eprintln!("warning: {problem}");
+    }
+    Ok(())
+}
+
+/// Installs cargo-deny, which only `cargo xtask test` needs.
+pub fn cargo_deny() -> Result<()> {
+    if output(cargo(["deny", "--version"])).is_ok() {
+        return Ok(());
+    }
+    run_step("install cargo-deny", cargo(["install", "--locked", "cargo-deny"]))
+}
+
+fn install(missing: &[&Need]) -> Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    ensure!(
+        runs("apt-get"),
+        "this is not a Debian: install {} by your own means",
+        names.join(", ")
+    );
+
+    let codename = apt::codename()?;
+    // Later releases have a QEMU that is new enough.
+    let needs_backports = codename == "bookworm" && missing.iter().any(|need| need.from_backports);
+    if needs_backports {
+        apt::add_backports(&codename)?;
+    }
+    apt::update()?;
+    let suite = format!("{codename}-backports");
+    for from_backports in [false, true] {
+        let packages: Vec<&str> = missing
+            .iter()
+            .filter(|need| (need.from_backports && needs_backports) == from_backports)
+            .map(|need| need.package)
+            .collect();
+        if !packages.is_empty() {
+            apt::install(&packages, from_backports.then_some(&suite))?;
+        }
+    }
+    for need in missing {
+        ensure!(
+            (need.is_met)(),
+            "{} is installed, but still missing: {}",
+            need.package,
+            need.reason
+        );
+    }
+    Ok(())
+}
+
+/// The unpacked kernel, if there is one.
+fn kernel() -> Option<PathBuf> {
+    let mut entries = fs::read_dir(Path::new(KERNEL_DIRECTORY).join("boot")).ok()?;
+    entries.find_map(|entry| {
+        let entry = entry.ok()?;
+        entry.file_name().to_str()?.starts_with("vmlinuz-").then(|| entry.path())
+    })
+}
+
+fn unpack_kernel() -> Result<()> {
+    if !apt::is_known(KERNEL_PACKAGE) {
+        apt::update()?;
+    }
+    let package = newest_kernel(&output(program("apt-cache", ["depends", KERNEL_PACKAGE]))?)?;
+
+    let partial = PathBuf::from(format!("{KERNEL_DIRECTORY}.partial"));
+    if partial.exists() {
+        fs::remove_dir_all(&partial)
+            .with_context(|| format!("cannot remove {}", partial.display()))?;
+    }
+    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
+    // As root, apt would try to download as its own user, who may not write here, and warn.
+    let mut download =
+        program("apt-get", ["download", "--quiet", "--option=APT::Sandbox::User=root", &package]);
+    download.current_dir(&partial);
+    run_step("download the guest kernel", download)?;
+    let archive = fs::read_dir(&partial)
+        .with_context(|| format!("cannot list {}", partial.display()))?
+        .find_map(|entry| {
+            Some(entry.ok()?.path()).filter(|path| path.extension().is_some_and(|end| end == "deb"))
+        })
+        .with_context(|| format!("apt-get download left no package of {package}"))?;
+    let mut unpack = program("dpkg-deb", ["--extract"]);
+    unpack.arg(&archive).arg(&partial);
+    run_step("unpack the guest kernel", unpack)?;
+    fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))?;
+    // Complete or not there at all: what a killed run left is no kernel.
+    fs::rename(&partial, KERNEL_DIRECTORY)
+        .with_context(|| format!("cannot rename to {KERNEL_DIRECTORY}"))?;
+    Ok(())
+}
+
+/// The package that the meta-package depends on, from what `apt-cache depends` prints.
+fn newest_kernel(depends: &str) -> Result<String> {
+    depends
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: "))
+        .map(str::to_owned)
+        .with_context(|| format!("{KERNEL_PACKAGE} depends on no kernel: {depends}"))
+}
+
+/// What this machine cannot do; nothing of it stops a build.
+fn unfit() -> Vec<String> {
+    let mut problems = Vec::new();
+    if !Path::new("/dev/userfaultfd").exists() {
+        problems.push(
+            "there is no /dev/userfaultfd: snapshots need Linux 6.1 with CONFIG_USERFAULTFD"
+                .to_owned(),
+        );
+    }
+    match kernel_version() {
+        Ok(version) if version >= KERNEL_MIN => {}
+        Ok((major, minor)) => problems.push(format!(
+            "Linux {major}.{minor} cannot protect memory that was never touched: use {}.{} or newer",
+            KERNEL_MIN.0, KERNEL_MIN.1
+        )),
+        Err(error) => problems.push(format!("{error:#}")),
+    }
+    problems
+}
+
+fn kernel_version() -> Result<(u32, u32)> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")
+        .context("cannot read the kernel's version")?;
+    parse_version(release.trim()).with_context(|| format!("the kernel's version is {release}"))
+}
+
+fn qemu_major() -> Option<u32> {
+    let text = output(program("qemu-system-x86_64", ["--version"])).ok()?;
+    Some(parse_version(text.split_once("version ")?.1)?.0)
+}
+
+/// Major and minor number at the start of a version.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split(|character: char| !character.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn runs(name: &str) -> bool {
+    output(program(name, ["--version"])).is_ok()
+}
+
+fn is_installed(package: &str) -> bool {
+    output(program("dpkg-query", ["--show", "--showformat=${db:Status-Status}", package]))
+        .is_ok_and(|status| status == "installed")
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+    use super::*;
+
+    #[test]
+    fn versions_are_read() {
+        assert_eq!(parse_version("6.18.44-generic"), Some((6, 18)));
+        assert_eq!(parse_version("10.0.2 (Debian 1:10.0.2+ds-2)"), Some((10, 0)));
+        assert_eq!(parse_version("unknown"), None);
+    }
+
+    #[test]
+    fn the_kernel_is_what_the_meta_package_depends_on() {
+        let text = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n";
+        assert_eq!(newest_kernel(text).unwrap(), "linux-image-6.1.0-56-cloud-amd64");
+        assert!(newest_kernel("linux-image-cloud-amd64\n").is_err());
+    }
+}
