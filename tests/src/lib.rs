@@ -23,7 +23,21 @@ pub mod qmp;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
+
+/// Whether this process is root. If not, tells what is skipped, and fails where nothing may be skipped
+/// (REQUIRE_PRIVILEGED=1, as CI sets it).
+pub fn is_root_or_skip(what: &str) -> Result<bool> {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        ensure!(
+            !std::env::var("REQUIRE_PRIVILEGED").is_ok_and(|value| value == "1"),
+            "{what} needs root, and REQUIRE_PRIVILEGED=1 forbids to skip it"
+        );
+        eprintln!("SKIPPED: {what} needs root");
+    }
+    Ok(is_root)
+}
 
 /// Asks again and again until there is an answer; an error of `probe` ends it at once.
 pub fn poll_until<T>(

@@ -3,13 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::Duration;
 
 use livesnap_guest::page::PAGE_BYTES;
-use livesnap_tests::check::{Checker, check_files};
-use livesnap_tests::qemu::{Disk, Format, Load, Machine, Qemu};
+use livesnap_tests::check::{Checker, WindowReport, check_files};
+use livesnap_tests::is_root_or_skip;
+use livesnap_tests::qemu::{Aio, Builder, Disk, Format, HugePages, Load, Machine, Qemu, Ram};
 use serde_json::json;
 
 const BOOT: Duration = Duration::from_secs(120);
@@ -69,6 +70,68 @@ fn a_snapshot_of_a_stopped_vm_passes_and_goes_on() {
             "{after:?}"
         );
     }
+}
+
+/// Boots the VM, has QEMU save it, and checks that.
+fn boot_and_check(builder: &Builder, disk: Option<&Disk>) -> WindowReport {
+    let mut qemu = builder.start().unwrap();
+    qemu.wait_ready(BOOT).unwrap();
+    if disk.is_some() {
+        qemu.wait_heartbeat(BOOT, |heartbeat| heartbeat.disk > 0).unwrap();
+    }
+    let file = qemu.dir().join("ram");
+    qemu.save_mapped_ram(&file).unwrap();
+    let raw = disk.map(|disk| {
+        let raw = qemu.dir().join("disk.raw");
+        disk.export_raw(&raw).unwrap();
+        raw
+    });
+    check_files(&file, raw.as_deref()).unwrap_or_else(|error| panic!("{builder:?}: {error:#}"))
+}
+
+#[test]
+fn ram_of_every_kind_runs_the_guest() {
+    for ram in [Ram::SharedAnonymous, Ram::Memfd, Ram::File("/dev/shm".into())] {
+        boot_and_check(&Qemu::builder().ram(ram), None);
+    }
+    if is_root_or_skip("a pool of huge pages").unwrap() {
+        let _pool = HugePages::reserve(256).unwrap();
+        boot_and_check(&Qemu::builder().ram(Ram::HugetlbMemfd), None);
+    }
+}
+
+#[test]
+fn disks_of_every_kind_run_the_guest() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    for (aio, format) in [(Aio::Native, Format::Raw), (Aio::IoUring, Format::Qcow2)] {
+        let disk =
+            Disk::create(dir.path().join(format.name()), format, 32).unwrap().aio(aio).iothread();
+        let load = Load { disk: true, ..Load::default() };
+        let report = boot_and_check(&Qemu::builder().disk(disk.clone()).load(load), Some(&disk));
+        assert!(report.disk_newest > Some(0), "{report:?}");
+    }
+}
+
+#[test]
+fn a_qemu_without_privileges_runs_the_guest() {
+    if is_root_or_skip("starting a QEMU as nobody").unwrap() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        let disk = Disk::create(dir.path().join("disk"), Format::Raw, 32).unwrap();
+        let load = Load { disk: true, ..Load::default() };
+        boot_and_check(
+            &Qemu::builder().nobody().sandbox().disk(disk.clone()).load(load),
+            Some(&disk),
+        );
+    }
+}
+
+#[test]
+fn an_early_snapshot_holds_only_what_was_written_by_then() {
+    // About 25 s a lap: it cannot be over.
+    let load = Load { ring_mib: 64, rate: 650, random: true, ready_early: true, ..Load::default() };
+    let report = boot_and_check(&Qemu::builder().load(load), None);
+    assert!(report.newest[0] < 16384 && report.ring_pages == report.newest[0], "{report:?}");
 }
 
 #[test]

@@ -77,7 +77,7 @@ impl Native {
             let whole = layout.blocks()[number].store_zero_pages;
             let first = layout.block_run(number).first.0;
             for page in (0..block.pages()).filter(|&page| whole || block.is_present(page)) {
-                let mut content = [0; PAGE_BYTES as usize];
+                let mut content = [0; livesnap_guest::page::PAGE_BYTES];
                 if block.is_present(page) {
                     file.read_exact_at(&mut content, block.pages_offset + page * PAGE_BYTES)
                         .unwrap();
