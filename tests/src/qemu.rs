@@ -496,6 +496,14 @@ impl Qemu {
         Ok(status["status"].as_str().context("query-status tells no status")?.to_owned())
     }
 
+    /// How long each pause lasted that has ended since this was last asked, by QEMU's own clock.
+    pub fn take_pauses(&mut self) -> Result<Vec<Duration>> {
+        // Events come ahead of the answer to a later command, so none is left behind.
+        self.status()?;
+        let events = self.qmp.as_mut().context("not connected to QMP")?.take_events();
+        pauses(&events)
+    }
+
     /// The guest's console so far.
     pub fn console(&self) -> Result<Console> {
         match fs::read(self.dir().join("console")) {
@@ -613,6 +621,27 @@ impl Qemu {
     }
 }
 
+/// The time from each STOP event to the RESUME that ends it.
+fn pauses(events: &[Value]) -> Result<Vec<Duration>> {
+    let mut pauses = Vec::new();
+    let mut stopped = None;
+    for event in events {
+        let part = |key: &str| {
+            event["timestamp"][key].as_u64().with_context(|| format!("no timestamp: {event}"))
+        };
+        let at =
+            Duration::from_secs(part("seconds")?) + Duration::from_micros(part("microseconds")?);
+        match event["event"].as_str() {
+            Some("STOP") => stopped = Some(at),
+            Some("RESUME") => {
+                pauses.extend(stopped.take().map(|stopped| at.saturating_sub(stopped)))
+            }
+            _ => {}
+        }
+    }
+    Ok(pauses)
+}
+
 impl Drop for Qemu {
     fn drop(&mut self) {
         // Both fail only if it has ended already, which is what is wanted.
@@ -661,5 +690,25 @@ impl Drop for HugePages {
     fn drop(&mut self) {
         // Nobody is left to tell; the pages stay reserved, which harms no result.
         let _ = Self::read().and_then(|now| Self::write(now.saturating_sub(self.count)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+    use super::*;
+
+    #[test]
+    fn a_pause_lasts_from_stop_to_resume() {
+        let event = |name: &str, seconds: u64, microseconds: u64| json!({"event": name, "timestamp": {"seconds": seconds, "microseconds": microseconds}});
+        let events = [
+            event("RESUME", 1, 0),
+            event("STOP", 7, 999_000),
+            event("BLOCK_JOB_READY", 8, 0),
+            event("RESUME", 8, 1_500),
+            event("STOP", 9, 0),
+        ];
+        assert_eq!(pauses(&events).unwrap(), [Duration::from_micros(2_500)]);
+        assert!(pauses(&[json!({"event": "STOP"})]).is_err());
     }
 }

@@ -159,6 +159,7 @@ fn a_guest_that_is_given_another_instant_of_its_disk_says_so() {
     qemu.qmp("stop", json!({})).unwrap();
     std::fs::write(disk.path(), vec![0; 1 << 20]).unwrap();
     qemu.qmp("cont", json!({})).unwrap();
+    assert_eq!(qemu.take_pauses().unwrap().len(), 1);
     qemu.wait_heartbeat(BOOT, |heartbeat| heartbeat.inconsistent > 0).unwrap();
     assert!(!qemu.console().unwrap().inconsistencies().is_empty());
 }
