@@ -4,6 +4,7 @@
 //! [guard](super::guard) is a process of its own. Commands that stop, start or ask QEMU go through
 //! [`qmp`]; what they mean for one concern stands in one module each.
 
+pub mod command_line;
 pub mod device_state;
 pub mod disks;
 pub mod preflight;
