@@ -7,6 +7,16 @@ use std::fmt;
 /// x86-64's base page, and the target page size that QEMU writes into mapped-ram files for it.
 pub const PAGE_BYTES: u64 = 4096;
 
+const _: () =
+    assert!(usize::BITS == 64, "lengths and page numbers of a guest must fit into a usize");
+
+/// A length or an index in memory. Never truncates: see the assertion above.
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, as asserted")]
+pub const fn as_index(number: u64) -> usize {
+    number as usize
+}
+
 /// Address in the virtual address space of the process that owns the RAM (HVA).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HostVirtAddr(pub u64);

@@ -9,12 +9,34 @@
 #![deny(unsafe_code)]
 
 pub mod address;
+mod arm;
+mod buffer;
+mod capture;
+mod chunk;
+mod fault;
+mod histogram;
 pub mod image;
 pub mod mappings;
+mod pagemap;
+mod protection;
 pub mod ram;
 pub mod reason;
+mod report;
+mod session;
+mod storage;
+mod sweep;
+mod sync;
 #[allow(unsafe_code, reason = "the one place where system calls are made on raw addresses")]
 mod sys;
 pub mod vmm;
+mod writer;
 
+pub use capture::CaptureError;
+pub use histogram::Summary;
+pub use protection::RegisterError;
 pub use reason::Reason;
+pub use report::{Captured, Downtime, Phase, Progress, Report};
+#[cfg(feature = "controls")]
+pub use session::Controls;
+pub use session::{BUFFER_BYTES_MIN, Cancel, Cause, Options, SessionError, snapshot};
+pub use sys::uffd::create_local as userfaultfd;

@@ -63,6 +63,8 @@ reasons! {
     ForeignUserfaultfd = "foreign_userfaultfd",
     /// Guest RAM is backed by a file whose file system cannot be write-protected.
     FileBackedRam = "file_backed_ram",
+    /// Guest RAM uses huge pages that are too large to be copied while a virtual CPU waits.
+    HugePageSize = "huge_page_size",
     /// A disk cannot be snapshotted as it is configured.
     DiskUnfit = "disk_unfit",
     /// The virtual machine is in a state that cannot be snapshotted.

@@ -1,4 +1,9 @@
-//! System calls on raw addresses, each behind a safe function with its preconditions checked.
+//! System calls on raw addresses and raw memory, each behind a safe function.
+//!
+//! The only module that may use `unsafe`. Nothing here decides anything: policy lives in the callers.
 
+pub mod memory;
 pub mod ptrace;
 pub mod signals;
+pub mod uffd;
+pub mod uring;

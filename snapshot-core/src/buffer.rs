@@ -1,0 +1,329 @@
+//! The copy buffer: bounded memory between the guest's first write to a page and the disk.
+//!
+//! The buffer is made of [`Extent`]s of 2 MiB. A thread that captures pages fills one extent after the
+//! other and hands each full one to the writer, which returns it here once it is on disk. The bound is
+//! hard: where no extent is to be had, the thread waits, and with it the virtual CPU whose fault it serves.
+//! The sweep leaves a reserve, so that it is the sweep that waits first.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::address::{PAGE_BYTES, PageRun, as_index};
+use crate::chunk::CHUNK_PAGES_MAX;
+use crate::sys::memory::{HUGE_BYTES, HugeBuffer};
+
+/// Bytes in an extent.
+pub const EXTENT_BYTES: usize = HUGE_BYTES;
+
+const _: () = assert!(EXTENT_BYTES as u64 == CHUNK_PAGES_MAX * PAGE_BYTES);
+
+/// Extents set aside for faults when the buffer is at its smallest.
+const RESERVE_MIN: usize = 2;
+
+/// Captured pages on their way to the disk.
+pub struct Extent {
+    /// Shared with the writes in flight; with nobody while it is being filled.
+    memory: Arc<HugeBuffer>,
+    /// What lies in it, one piece behind the other.
+    pieces: Vec<PageRun>,
+    used_bytes: usize,
+}
+
+impl Extent {
+    fn new() -> io::Result<Self> {
+        let pieces = Vec::with_capacity(as_index(CHUNK_PAGES_MAX));
+        Ok(Self { memory: Arc::new(HugeBuffer::new()?), pieces, used_bytes: 0 })
+    }
+
+    /// Pages that still fit.
+    #[must_use]
+    pub const fn room_pages(&self) -> u64 {
+        (EXTENT_BYTES - self.used_bytes) as u64 / PAGE_BYTES
+    }
+
+    /// Whether nothing is in it.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.used_bytes == 0
+    }
+
+    /// The free part, to copy the next `run` into.
+    ///
+    /// # Panics
+    /// If `run` is longer than [`room_pages`](Self::room_pages), or the extent is being written.
+    pub fn space_for(&mut self, run: PageRun) -> &mut [u8] {
+        let end = self.used_bytes + as_index(run.bytes());
+        let memory = Arc::get_mut(&mut self.memory);
+        &mut memory.expect("an extent is filled before it is shared with writes")
+            [self.used_bytes..end]
+    }
+
+    /// Records that `run` now fills the space that [`space_for`](Self::space_for) gave.
+    pub fn push(&mut self, run: PageRun) {
+        self.used_bytes += as_index(run.bytes());
+        self.pieces.push(run);
+    }
+
+    /// What lies in it, each run with its byte offset in the extent.
+    pub fn pieces(&self) -> impl Iterator<Item = (PageRun, usize)> + '_ {
+        self.pieces.iter().scan(0, |offset, &run| {
+            let at = *offset;
+            *offset += as_index(run.bytes());
+            Some((run, at))
+        })
+    }
+
+    /// The memory itself, for a write that keeps it alive.
+    #[must_use]
+    pub fn memory(&self) -> Arc<HugeBuffer> {
+        Arc::clone(&self.memory)
+    }
+
+    /// All bytes in it.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.memory[..self.used_bytes]
+    }
+}
+
+/// Who asks for an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A fault: a virtual CPU waits.
+    Fault,
+    /// The sweep: nobody waits.
+    Sweep,
+}
+
+#[derive(Default)]
+struct Pool {
+    free: Vec<Extent>,
+    /// Extents that exist, free or not.
+    allocated: usize,
+    limit: usize,
+    /// Filled, for the writer.
+    queue: VecDeque<Extent>,
+    closed: bool,
+}
+
+/// The pool of extents and the queue to the writer.
+pub struct Buffer {
+    pool: Mutex<Pool>,
+    /// An extent became free, or the buffer was closed.
+    freed: Condvar,
+    /// An extent was queued, or the buffer was closed.
+    queued: Condvar,
+    /// Length of the queue, to look at without the lock.
+    queue_len: AtomicUsize,
+    in_use: AtomicUsize,
+    in_use_max: AtomicUsize,
+}
+
+impl Buffer {
+    /// A buffer of at most `limit_bytes`, of which `warm_bytes` are made ready at once.
+    ///
+    /// # Errors
+    /// When there is no memory for the warm part.
+    pub fn new(limit_bytes: u64, warm_bytes: u64) -> io::Result<Self> {
+        let extents = |bytes: u64| as_index(bytes) / EXTENT_BYTES;
+        let limit = extents(limit_bytes);
+        let warm = extents(warm_bytes).min(limit);
+        let free = (0..warm).map(|_| Extent::new()).collect::<io::Result<Vec<_>>>()?;
+        let pool = Pool {
+            free,
+            allocated: warm,
+            limit,
+            queue: VecDeque::with_capacity(limit),
+            closed: false,
+        };
+        Ok(Self {
+            pool: Mutex::new(pool),
+            freed: Condvar::new(),
+            queued: Condvar::new(),
+            queue_len: AtomicUsize::new(0),
+            in_use: AtomicUsize::new(0),
+            in_use_max: AtomicUsize::new(0),
+        })
+    }
+
+    /// The bound in bytes.
+    #[must_use]
+    pub fn limit_bytes(&self) -> u64 {
+        (self.lock().limit * EXTENT_BYTES) as u64
+    }
+
+    /// Bytes of extents in use: being filled, queued, or being written.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        (self.in_use.load(Ordering::Relaxed) * EXTENT_BYTES) as u64
+    }
+
+    /// The most that [`used_bytes`](Self::used_bytes) has been.
+    #[must_use]
+    pub fn used_bytes_max(&self) -> u64 {
+        (self.in_use_max.load(Ordering::Relaxed) * EXTENT_BYTES) as u64
+    }
+
+    /// Whether the writer has nothing waiting, so that a half-filled extent would not wait either.
+    #[must_use]
+    pub fn writer_is_idle(&self) -> bool {
+        self.queue_len.load(Ordering::Relaxed) == 0
+    }
+
+    /// Share of the buffer that is free, in percent.
+    #[must_use]
+    pub fn headroom_percent(&self) -> u64 {
+        let limit = self.limit_bytes().max(1);
+        100 - (self.used_bytes() * 100 / limit).min(100)
+    }
+
+    /// An empty extent; waits for one when the buffer is exhausted. Nothing once the buffer is closed.
+    ///
+    /// # Errors
+    /// When the kernel has no memory although the bound allows more, and nothing is in use that could
+    /// come back.
+    pub fn take(&self, purpose: Purpose) -> io::Result<Option<Extent>> {
+        let mut pool = self.lock();
+        loop {
+            if pool.closed {
+                return Ok(None);
+            }
+            let in_use = pool.allocated - pool.free.len();
+            let reserve = match purpose {
+                Purpose::Fault => 0,
+                Purpose::Sweep => (pool.limit / 4).max(RESERVE_MIN),
+            };
+            if in_use + reserve < pool.limit {
+                if let Some(extent) = pool.free.pop() {
+                    self.count_use(in_use + 1);
+                    return Ok(Some(extent));
+                }
+                match Extent::new() {
+                    Ok(extent) => {
+                        pool.allocated += 1;
+                        self.count_use(in_use + 1);
+                        return Ok(Some(extent));
+                    }
+                    // The host is short of memory: make do with what there is.
+                    Err(_) if in_use > 0 => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Hands a filled extent to the writer.
+    pub fn submit(&self, extent: Extent) {
+        let mut pool = self.lock();
+        pool.queue.push_back(extent);
+        self.queue_len.store(pool.queue.len(), Ordering::Relaxed);
+        self.queued.notify_one();
+    }
+
+    /// The next filled extent; if `wait`, waits until there is one or the buffer is closed.
+    pub fn next_filled(&self, wait: bool) -> Option<Extent> {
+        let mut pool = self.lock();
+        loop {
+            if let Some(extent) = pool.queue.pop_front() {
+                self.queue_len.store(pool.queue.len(), Ordering::Relaxed);
+                return Some(extent);
+            }
+            if pool.closed || !wait {
+                return None;
+            }
+            pool = self.queued.wait(pool).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Returns an extent whose pages are on disk or not wanted any more.
+    pub fn recycle(&self, mut extent: Extent) {
+        extent.pieces.clear();
+        extent.used_bytes = 0;
+        let mut pool = self.lock();
+        if pool.allocated <= pool.limit {
+            pool.free.push(extent);
+        } else {
+            pool.allocated -= 1;
+        }
+        self.in_use.store(pool.allocated - pool.free.len(), Ordering::Relaxed);
+        // The sweep may be among the waiters and not be satisfied: wake all.
+        self.freed.notify_all();
+    }
+
+    /// No more extents are given out; whoever waits is woken. What is queued can still be fetched.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.freed.notify_all();
+        self.queued.notify_all();
+    }
+
+    fn count_use(&self, in_use: usize) {
+        self.in_use.store(in_use, Ordering::Relaxed);
+        self.in_use_max.fetch_max(in_use, Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pool> {
+        // The pool is consistent between any two statements that can panic.
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+    use super::*;
+    use crate::address::PageIndex;
+
+    const EXTENT: u64 = EXTENT_BYTES as u64;
+
+    fn run(first: u64, count: u64) -> PageRun {
+        PageRun { first: PageIndex(first), count }
+    }
+
+    #[test]
+    fn an_extent_remembers_what_lies_where() {
+        let mut extent = Extent::new().unwrap();
+        for piece in [run(7, 2), run(100, 1)] {
+            extent.space_for(piece).fill(u8::try_from(piece.first.0).unwrap());
+            extent.push(piece);
+        }
+        assert_eq!(extent.room_pages(), CHUNK_PAGES_MAX - 3);
+        assert_eq!(extent.pieces().collect::<Vec<_>>(), [(run(7, 2), 0), (run(100, 1), 8192)]);
+        assert_eq!((extent.bytes()[0], extent.bytes()[8192]), (7, 100));
+    }
+
+    #[test]
+    fn the_bound_holds_and_the_sweep_leaves_a_reserve() {
+        let buffer = Buffer::new(8 * EXTENT, EXTENT).unwrap();
+        let swept: Vec<_> = (0..6).map(|_| buffer.take(Purpose::Sweep).unwrap().unwrap()).collect();
+        assert_eq!(buffer.used_bytes(), 6 * EXTENT);
+        std::thread::scope(|scope| {
+            let sweep = scope.spawn(|| buffer.take(Purpose::Sweep).unwrap());
+            let fault = [(); 2].map(|()| buffer.take(Purpose::Fault).unwrap().unwrap());
+            assert_eq!(buffer.used_bytes_max(), 8 * EXTENT);
+            assert!(!sweep.is_finished(), "the reserve is for faults");
+            for extent in fault.into_iter().chain(swept) {
+                buffer.recycle(extent);
+            }
+            assert!(sweep.join().unwrap().is_some());
+        });
+        assert_eq!(buffer.used_bytes_max(), 8 * EXTENT);
+    }
+
+    #[test]
+    fn closing_wakes_who_waits_and_keeps_what_is_queued() {
+        let buffer = Buffer::new(EXTENT, 0).unwrap();
+        let extent = buffer.take(Purpose::Fault).unwrap().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| buffer.take(Purpose::Fault).unwrap());
+            buffer.submit(extent);
+            buffer.close();
+            assert!(waiting.join().unwrap().is_none());
+        });
+        assert!(buffer.next_filled(true).is_some());
+        assert!(buffer.next_filled(true).is_none());
+    }
+}

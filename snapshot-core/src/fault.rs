@@ -1,0 +1,296 @@
+//! Serving write faults: one thread for each userfaultfd context.
+//!
+//! ```text
+//!            read notices              fault            arming: let through, note
+//!   poll ───────────────▶ each notice ─────────────────▶ capturing: capture around it
+//!    ▲                         │ discard                 released: let through
+//!    │ nothing for a while     ▼
+//!    └──── spin ◀──── put-off unprotects tried again
+//! ```
+//!
+//! A thread that has just served a fault reads on for some microseconds before it sleeps in `poll`: being woken
+//! costs three times as much as serving the fault.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::address::{HostVirtAddr, PageIndex, PageRun};
+use crate::arm::LET_THROUGH_PAGES;
+use crate::buffer::Purpose;
+use crate::capture::{CaptureError, Engine, Mode, PanicReport, Worker};
+use crate::chunk::CHUNK_PAGES_MAX;
+use crate::protection::Region;
+use crate::sys::uffd::{Notice, Notices};
+
+/// How long a thread looks for the next fault before it sleeps.
+const SPIN: Duration = Duration::from_micros(30);
+
+/// Pages captured around a fault that shows no locality, while the buffer has room.
+const AROUND_PAGES: u64 = 16;
+
+/// Serves context number `context` until `stop` is readable.
+pub fn run(engine: &Engine, context: usize, stop: BorrowedFd<'_>) {
+    let _report = PanicReport { engine, thread: "fault" };
+    let mut server = Server {
+        engine,
+        worker: Worker::new(engine, Purpose::Fault, true),
+        locality: Locality::default(),
+        put_off: Vec::with_capacity(64),
+        faults: Vec::with_capacity(64),
+    };
+    if let Err(error) = server.serve(context, stop) {
+        engine.fail(error);
+    }
+}
+
+struct Server<'a> {
+    engine: &'a Engine,
+    worker: Worker<'a>,
+    locality: Locality,
+    /// Pages that could not be made writable because a discard was going on.
+    put_off: Vec<PageRun>,
+    faults: Vec<HostVirtAddr>,
+}
+
+impl Server<'_> {
+    fn serve(&mut self, context: usize, stop: BorrowedFd<'_>) -> Result<(), CaptureError> {
+        let context = &self.engine.ram.contexts[context];
+        let mut room = Notices::new();
+        let mut idle_since = Instant::now();
+        loop {
+            let read_at = Instant::now();
+            let count = self.read(context, &mut room)?;
+            let served = self.faults.len();
+            while let Some(address) = self.faults.pop() {
+                self.fault(address)?;
+            }
+            if served > 0 {
+                idle_since = Instant::now();
+                let service = idle_since - read_at;
+                for _ in 0..served {
+                    self.engine.counters.service.record(service);
+                }
+            }
+            self.retry_put_off()?;
+            if count > 0 || !self.put_off.is_empty() || idle_since.elapsed() < SPIN {
+                std::hint::spin_loop();
+                continue;
+            }
+            if self.engine.buffer.writer_is_idle() {
+                self.worker.flush();
+            }
+            let mut fds = [
+                PollFd::from_borrowed_fd(context.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(stop, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    return Err(protection("wait for faults on", HostVirtAddr(0))(error.into()));
+                }
+            }
+            if !fds[1].revents().is_empty() {
+                self.worker.flush();
+                return Ok(());
+            }
+            idle_since = Instant::now();
+        }
+    }
+
+    fn read(
+        &mut self,
+        context: &crate::sys::uffd::Context,
+        room: &mut Notices,
+    ) -> Result<usize, CaptureError> {
+        let Self { engine, faults, .. } = self;
+        let mut spoiled = None;
+        let count = context.read(room, |notice| match notice {
+            Notice::WriteFault(address) => faults.push(address),
+            Notice::Discarded { start, end } => {
+                if let Err(error) = discarded(engine, start, end) {
+                    spoiled.get_or_insert(error);
+                }
+            }
+            Notice::Unmapped { start, end } => {
+                if overlap(engine, start, end).next().is_some() {
+                    spoiled.get_or_insert(CaptureError::Unmapped { start, end });
+                }
+            }
+        });
+        if let Some(error) = spoiled {
+            engine.fail(error);
+        }
+        count.map_err(protection("read faults on", HostVirtAddr(0)))
+    }
+
+    fn fault(&mut self, address: HostVirtAddr) -> Result<(), CaptureError> {
+        let engine = self.engine;
+        let Some(page) = engine.ram.layout.page_at(address) else {
+            return Err(CaptureError::UnknownAddress { address });
+        };
+        let region = engine.ram.region_of(page);
+        if engine.is_released() {
+            return self.unprotect(region, region.window(page, 1));
+        }
+        let mode = engine.mode.read().unwrap_or_else(PoisonError::into_inner);
+        if *mode == Mode::Arming {
+            let pages = if region.has_huge_pages { CHUNK_PAGES_MAX } else { LET_THROUGH_PAGES };
+            let window = region.window(page, pages);
+            self.unprotect(region, window)?;
+            engine.marks.set(window);
+            engine.counters.arming_faults.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        }
+        drop(mode);
+        engine.counters.faults.fetch_add(1, Ordering::Relaxed);
+        self.capture_around(region, page)
+    }
+
+    fn capture_around(&mut self, region: &Region, page: PageIndex) -> Result<(), CaptureError> {
+        let engine = self.engine;
+        let unit = region.window(page, 1);
+        if engine.chunks.all_saved(unit) {
+            // Saved while the notice was on its way; waking once more does no harm.
+            return self.unprotect(region, unit);
+        }
+        let headroom = engine.buffer.headroom_percent();
+        let wanted = self.locality.wanted_pages(page, region.has_huge_pages, headroom);
+        let Some(room) = self.worker.make_room(unit.count)? else {
+            return self.unprotect(region, unit);
+        };
+        let largest = 1 << room.ilog2();
+        let window = region.window(page, wanted.min(largest));
+        // Whoever has claimed the page makes it writable.
+        let Some(run) = engine.chunks.unclaimed_around(page, window) else { return Ok(()) };
+        self.locality.captured(run);
+        let Self { worker, put_off, .. } = self;
+        worker.capture(region, run, |won| unprotect_or_put_off(engine, region, won, put_off))
+    }
+
+    fn unprotect(&mut self, region: &Region, run: PageRun) -> Result<(), CaptureError> {
+        unprotect_or_put_off(self.engine, region, run, &mut self.put_off)
+    }
+
+    fn retry_put_off(&mut self) -> Result<(), CaptureError> {
+        for run in std::mem::take(&mut self.put_off) {
+            let region = self.engine.ram.region_of(run.first);
+            self.unprotect(region, run)?;
+        }
+        Ok(())
+    }
+}
+
+/// While pages are being discarded the kernel answers `EAGAIN` until the notice of it has been read, which
+/// is for this very thread to do: so the run is remembered and tried again after the next read.
+fn unprotect_or_put_off(
+    engine: &Engine,
+    region: &Region,
+    run: PageRun,
+    put_off: &mut Vec<PageRun>,
+) -> Result<(), CaptureError> {
+    match engine.ram.unprotect(region, run) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            put_off.push(run);
+            Ok(())
+        }
+        result => result.map_err(protection("unprotect", region.address_of(run.first))),
+    }
+}
+
+/// Pages that are discarded while arming are protected again; afterwards they must have been saved.
+fn discarded(engine: &Engine, start: HostVirtAddr, end: HostVirtAddr) -> Result<(), CaptureError> {
+    let mode = engine.mode.read().unwrap_or_else(PoisonError::into_inner);
+    for run in overlap(engine, start, end) {
+        match *mode {
+            Mode::Arming => engine.marks.set(run),
+            Mode::Capturing if engine.chunks.all_saved(run) => {}
+            Mode::Capturing => return Err(CaptureError::Discarded { start, end }),
+        }
+    }
+    Ok(())
+}
+
+/// The pages of RAM between two addresses.
+fn overlap(
+    engine: &Engine,
+    start: HostVirtAddr,
+    end: HostVirtAddr,
+) -> impl Iterator<Item = PageRun> + '_ {
+    engine.ram.regions().iter().filter_map(move |region| {
+        let region_end = region.hva.add(region.run.bytes());
+        let (from, to) = (start.max(region.hva), end.min(region_end));
+        let first = engine.ram.layout.page_at(from)?;
+        (from < to)
+            .then(|| PageRun { first, count: (to.0 - from.0).div_ceil(crate::address::PAGE_BYTES) })
+    })
+}
+
+fn protection(
+    operation: &'static str,
+    address: HostVirtAddr,
+) -> impl FnOnce(io::Error) -> CaptureError {
+    move |source| CaptureError::Protection { operation, address, source }
+}
+
+/// How much to capture around a fault: more while faults come one behind the other, less while the buffer
+/// fills. Nothing captured is wasted, for every page must be saved anyway; it only takes buffer earlier.
+#[derive(Default)]
+struct Locality {
+    last: Option<PageRun>,
+    pages: u64,
+}
+
+impl Locality {
+    fn wanted_pages(&mut self, page: PageIndex, has_huge_pages: bool, headroom: u64) -> u64 {
+        let near = self.last.is_some_and(|last| {
+            page.0 + self.pages >= last.first.0 && page.0 < last.end() + self.pages
+        });
+        let pages = if near { self.pages * 2 } else { self.pages / 2 };
+        let (least, most) = match headroom {
+            50.. => (AROUND_PAGES, CHUNK_PAGES_MAX),
+            25..50 => (AROUND_PAGES, 64),
+            10..25 => (4, AROUND_PAGES),
+            _ => (1, 1),
+        };
+        self.pages = pages.clamp(least, most);
+        // Less than a huge page would split it.
+        if has_huge_pages && headroom >= 25 { CHUNK_PAGES_MAX } else { self.pages }
+    }
+
+    const fn captured(&mut self, run: PageRun) {
+        self.last = Some(run);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbouring_faults_widen_the_capture_and_scattered_ones_narrow_it() {
+        let mut locality = Locality::default();
+        let mut page = 10_000;
+        let mut sizes = Vec::new();
+        for _ in 0..7 {
+            let wanted = locality.wanted_pages(PageIndex(page), false, 100);
+            locality.captured(PageRun { first: PageIndex(page), count: wanted });
+            sizes.push(wanted);
+            page += wanted;
+        }
+        assert_eq!(sizes, [16, 32, 64, 128, 256, 512, 512]);
+        assert_eq!(locality.wanted_pages(PageIndex(1), false, 100), 256);
+    }
+
+    #[test]
+    fn a_full_buffer_narrows_the_capture_to_the_page() {
+        let mut locality = Locality::default();
+        assert_eq!(locality.wanted_pages(PageIndex(0), true, 100), CHUNK_PAGES_MAX);
+        assert_eq!(locality.wanted_pages(PageIndex(0), false, 30), AROUND_PAGES);
+        assert_eq!(locality.wanted_pages(PageIndex(0), true, 5), 1);
+    }
+}

@@ -1,0 +1,322 @@
+//! Guest RAM under userfaultfd contexts: which page belongs to which context, and how it reads.
+//!
+//! A [`Region`] is a stretch of one RAM block in one mapping under one context. Contexts are sharded by
+//! address range because one context is one wait queue: it does not scale past a few faulting CPUs.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::process::Pid;
+
+use crate::address::{HostVirtAddr, PAGE_BYTES, PageIndex, PageRun};
+use crate::chunk::CHUNK_PAGES_MAX;
+use crate::mappings::{MappingKind, RamMapping};
+use crate::ram::RamLayout;
+use crate::sys::uffd::Context;
+
+/// Most that one ioctl protects: it holds the target's `mmap_lock` for reading all the while.
+const PROTECT_BYTES_MAX: u64 = 256 << 20;
+
+/// How pages without content are told in a region.
+enum Holes {
+    /// The page table tells: private anonymous memory.
+    InPageTable,
+    /// The file tells (`SEEK_DATA`): shared memory may have pages that this page table does not show.
+    InFile {
+        file: File,
+        /// File offset of the region's first byte.
+        offset_bytes: u64,
+    },
+    /// Nothing tells cheaply: every page is read.
+    Unknown,
+}
+
+/// A stretch of RAM that is protected and read in one way.
+pub struct Region {
+    /// Its pages.
+    pub run: PageRun,
+    /// Address of the first one.
+    pub hva: HostVirtAddr,
+    /// Index of the context that it is registered with.
+    pub context: usize,
+    /// Pages that must be protected, captured and unprotected together because they are one page to the
+    /// hardware or the pool: 1 or 512.
+    pub unit_pages: u64,
+    /// Whether keeping huge pages whole is worth capturing them whole.
+    pub has_huge_pages: bool,
+    holes: Holes,
+}
+
+impl Region {
+    /// The address of `page`, which must lie in the region.
+    #[must_use]
+    pub const fn address_of(&self, page: PageIndex) -> HostVirtAddr {
+        self.hva.add((page.0 - self.run.first.0) * PAGE_BYTES)
+    }
+
+    /// The part of the region around `page` that is aligned in memory to `pages`, a power of two.
+    #[must_use]
+    pub fn window(&self, page: PageIndex, pages: u64) -> PageRun {
+        let pages = pages.max(self.unit_pages);
+        // Alignment counts in host memory: that is where huge pages lie.
+        let skew = self.hva.0 / PAGE_BYTES;
+        let number = page.0 - self.run.first.0 + skew;
+        let start = (number - number % pages).max(skew) - skew;
+        let end = (number - number % pages + pages - skew).min(self.run.count);
+        PageRun { first: PageIndex(self.run.first.0 + start), count: end - start }
+    }
+
+    /// All windows of `pages`, ascending.
+    pub fn windows(&self, pages: u64) -> impl Iterator<Item = PageRun> + '_ {
+        let mut next = self.run.first;
+        std::iter::from_fn(move || {
+            let window = (next.0 < self.run.end()).then(|| self.window(next, pages))?;
+            next = PageIndex(window.end());
+            Some(window)
+        })
+    }
+
+    /// Whether the page table tells which pages are holes.
+    #[must_use]
+    pub const fn holes_in_page_table(&self) -> bool {
+        matches!(self.holes, Holes::InPageTable)
+    }
+
+    /// The first run of pages in `run` that has content according to the backing file; `run` itself where
+    /// the file does not tell.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn data_in_file(&self, run: PageRun) -> io::Result<Option<PageRun>> {
+        let Holes::InFile { file, offset_bytes } = &self.holes else { return Ok(Some(run)) };
+        let at = |page: u64| offset_bytes + (page - self.run.first.0) * PAGE_BYTES;
+        let page_of = |offset: u64| (offset - offset_bytes) / PAGE_BYTES + self.run.first.0;
+        let data = match seek(file, SeekFrom::Data(at(run.first.0))) {
+            Ok(offset) => page_of(offset),
+            // No data from here to the end of file.
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if data >= run.end() {
+            return Ok(None);
+        }
+        let hole = page_of(seek(file, SeekFrom::Hole(at(data)))?).min(run.end());
+        Ok(Some(PageRun { first: PageIndex(data), count: hole - data }))
+    }
+}
+
+/// All RAM with its contexts. Dropping it closes the contexts: the kernel then unprotects everything.
+pub struct ProtectedRam {
+    /// Where pages are.
+    pub layout: RamLayout,
+    /// The contexts; a fault thread reads each.
+    pub contexts: Vec<Context>,
+    regions: Vec<Region>,
+}
+
+impl ProtectedRam {
+    /// Divides `layout` among `contexts` and registers it; nothing is protected yet.
+    ///
+    /// # Errors
+    /// With the address at which the kernel refused.
+    pub fn register(
+        pid: Pid,
+        layout: RamLayout,
+        mappings: &[RamMapping],
+        contexts: Vec<Context>,
+    ) -> Result<Self, RegisterError> {
+        let regions = divide(pid, &layout, mappings, contexts.len())?;
+        let ram = Self { layout, contexts, regions };
+        for region in &ram.regions {
+            let len_bytes = region.run.bytes();
+            ram.contexts[region.context].register(region.hva, len_bytes).map_err(|source| {
+                RegisterError::Register { start: region.hva, len_bytes, source }
+            })?;
+        }
+        Ok(ram)
+    }
+
+    /// All regions, ascending by page.
+    #[must_use]
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// The region of a page of the layout.
+    #[must_use]
+    pub fn region_of(&self, page: PageIndex) -> &Region {
+        let after = self.regions.partition_point(|region| region.run.first <= page);
+        &self.regions[after - 1]
+    }
+
+    /// Write-protects `run`, which lies in `region`.
+    ///
+    /// # Errors
+    /// As [`Context::protect`].
+    pub fn protect(&self, region: &Region, run: PageRun) -> io::Result<()> {
+        let context = &self.contexts[region.context];
+        let (start, len_bytes) = (region.address_of(run.first), run.bytes());
+        (0..len_bytes.div_ceil(PROTECT_BYTES_MAX)).try_for_each(|slice| {
+            let offset = slice * PROTECT_BYTES_MAX;
+            context.protect(start.add(offset), PROTECT_BYTES_MAX.min(len_bytes - offset))
+        })
+    }
+
+    /// Makes `run`, which lies in `region`, writable and wakes who waits for it.
+    ///
+    /// # Errors
+    /// As [`Context::unprotect`].
+    pub fn unprotect(&self, region: &Region, run: PageRun) -> io::Result<()> {
+        self.contexts[region.context].unprotect(region.address_of(run.first), run.bytes())
+    }
+
+    /// Gives all of RAM up: no page is protected any more, nobody waits. Goes on past errors, for closing
+    /// the contexts does the rest.
+    pub fn unregister(&self) {
+        for region in &self.regions {
+            let context = &self.contexts[region.context];
+            if let Err(error) = context.unregister(region.hva, region.run.bytes()) {
+                tracing::debug!(%error, start = %region.hva, "range is unregistered by closing instead");
+            }
+        }
+    }
+}
+
+/// Why RAM could not be registered.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// The kernel refused.
+    #[error("cannot register {len_bytes} bytes at {start} for write protection: {source}")]
+    Register {
+        /// First address.
+        start: HostVirtAddr,
+        /// Length.
+        len_bytes: u64,
+        /// `EBUSY`: another userfaultfd has it. `EINVAL`: this memory cannot be protected.
+        source: io::Error,
+    },
+    /// The file behind shared RAM could not be opened.
+    #[error("cannot open the memory file behind guest RAM at {start}: {source}")]
+    MapFile {
+        /// First address of the mapping.
+        start: HostVirtAddr,
+        /// The operating system's error.
+        source: io::Error,
+    },
+}
+
+fn divide(
+    pid: Pid,
+    layout: &RamLayout,
+    mappings: &[RamMapping],
+    shards: usize,
+) -> Result<Vec<Region>, RegisterError> {
+    let shard_bytes = layout.total_bytes().div_ceil(shards.max(1) as u64).max(1);
+    let mut regions = Vec::new();
+    let mut assigned_bytes = 0;
+    for (number, block) in layout.blocks().iter().enumerate() {
+        let block_end = block.hva.add(block.len_bytes);
+        for mapping in mappings {
+            let start = mapping.start.max(block.hva);
+            let end = mapping.end().min(block_end);
+            let mut at = start;
+            while at < end {
+                let context = usize::try_from(assigned_bytes / shard_bytes).unwrap_or(0);
+                // To the end of the shard, rounded up to where huge pages may begin.
+                let left = shard_bytes - assigned_bytes % shard_bytes;
+                let cut = at.0.saturating_add(left).next_multiple_of(CHUNK_PAGES_MAX * PAGE_BYTES);
+                let upto = HostVirtAddr(cut).min(end);
+                let first = layout.block_run(number).first.0 + (at.0 - block.hva.0) / PAGE_BYTES;
+                regions.push(Region {
+                    run: PageRun { first: PageIndex(first), count: (upto.0 - at.0) / PAGE_BYTES },
+                    hva: at,
+                    context: context.min(shards - 1),
+                    unit_pages: match mapping.kind {
+                        MappingKind::Hugetlb => mapping.page_size_bytes / PAGE_BYTES,
+                        _ => 1,
+                    },
+                    has_huge_pages: mapping.kind == MappingKind::Anonymous
+                        && mapping.huge_bytes > 0,
+                    holes: holes_of(pid, mapping, at)?,
+                });
+                assigned_bytes += upto.0 - at.0;
+                at = upto;
+            }
+        }
+    }
+    regions.sort_by_key(|region| region.run.first);
+    Ok(regions)
+}
+
+fn holes_of(pid: Pid, mapping: &RamMapping, at: HostVirtAddr) -> Result<Holes, RegisterError> {
+    match mapping.kind {
+        MappingKind::Anonymous => Ok(Holes::InPageTable),
+        MappingKind::SharedMemory if mapping.shared => {
+            let (pid, start, end) = (pid.as_raw_pid(), mapping.start.0, mapping.end().0);
+            let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
+                .map_err(|source| RegisterError::MapFile { start: mapping.start, source })?;
+            let offset_bytes = mapping.offset_bytes + (at.0 - mapping.start.0);
+            Ok(Holes::InFile { file, offset_bytes })
+        }
+        _ => Ok(Holes::Unknown),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+    use super::*;
+
+    fn region(hva: u64, pages: u64) -> Region {
+        Region {
+            run: PageRun { first: PageIndex(1000), count: pages },
+            hva: HostVirtAddr(hva),
+            context: 0,
+            unit_pages: 1,
+            has_huge_pages: false,
+            holes: Holes::Unknown,
+        }
+    }
+
+    #[test]
+    fn windows_are_aligned_in_host_memory_and_cover_the_region_once() {
+        let region = region(0x7f00_0000_3000, 40);
+        let windows: Vec<_> =
+            region.windows(16).map(|run| (run.first.0 - 1000, run.count)).collect();
+        assert_eq!(windows, [(0, 13), (13, 16), (29, 11)]);
+        assert_eq!(region.window(PageIndex(1013), 16).first, PageIndex(1013));
+        assert_eq!(region.window(PageIndex(1012), 1).count, 1);
+    }
+
+    #[test]
+    fn ram_is_divided_evenly_at_huge_page_boundaries() {
+        let block = crate::ram::RamBlock {
+            id: "ram".into(),
+            hva: HostVirtAddr(0x7f00_0000_0000),
+            len_bytes: 64 << 20,
+            page_size_bytes: PAGE_BYTES,
+            store_zero_pages: false,
+        };
+        let mapping = RamMapping {
+            start: HostVirtAddr(0x7eff_ffff_f000),
+            len_bytes: 65 << 20,
+            kind: MappingKind::Anonymous,
+            shared: false,
+            path: None,
+            offset_bytes: 0,
+            device: (0, 0),
+            inode: 0,
+            mergeable: false,
+            has_userfaultfd: false,
+            page_size_bytes: PAGE_BYTES,
+            rss_bytes: 0,
+            huge_bytes: 0,
+            merged_bytes: 0,
+        };
+        let layout = RamLayout::new(vec![block]).unwrap();
+        let regions = divide(rustix::process::getpid(), &layout, &[mapping], 3).unwrap();
+        let shape: Vec<_> = regions.iter().map(|r| (r.context, r.run.bytes() >> 20)).collect();
+        assert_eq!(shape, [(0, 22), (1, 22), (2, 20)]);
+    }
+}

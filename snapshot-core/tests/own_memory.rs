@@ -1,0 +1,83 @@
+//! The engine on this process's own memory, on the real kernel: the embedder's example, and its control.
+#![cfg(feature = "controls")]
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+#[path = "../examples/own_memory.rs"]
+mod own_memory;
+
+use own_memory::{check, take};
+use snapshot_core::{Controls, Options};
+
+/// Whether userfaultfd may be used here. Says so loudly if not, and fails where it must be available.
+fn privileged() -> bool {
+    match snapshot_core::userfaultfd() {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(
+                std::env::var_os("REQUIRE_PRIVILEGED").is_none_or(|value| value != "1"),
+                "userfaultfd is required here: {error}"
+            );
+            eprintln!("SKIPPED: no userfaultfd ({error}); run as root");
+            false
+        }
+    }
+}
+
+fn with(controls: Controls) -> Options {
+    Options { controls, ..Options::default() }
+}
+
+#[test]
+fn a_snapshot_under_writers_is_of_one_instant() {
+    if !privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..5 {
+        let snapshot = dir.path().join(format!("{round}"));
+        let report = take(&snapshot, &Options::default()).unwrap();
+        check(&snapshot).unwrap();
+        assert!(report.faults > 0, "{report:?}");
+        let saved = report.captured.by_fault_bytes + report.captured.by_sweep_bytes;
+        assert_eq!(saved, report.ram_bytes);
+    }
+}
+
+#[test]
+fn without_protection_it_is_not() {
+    if !privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = dir.path().join("mixed");
+    let controls = Controls { without_protection: true, ..Controls::default() };
+    take(&snapshot, &with(controls)).unwrap();
+    assert!(check(&snapshot).is_err(), "the check must notice a snapshot of several instants");
+}
+
+#[test]
+fn several_contexts_and_a_small_buffer_change_nothing() {
+    if !privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = dir.path().join("sharded");
+    let buffer_bytes = 24 << 20;
+    let options = Options { contexts: Some(4), buffer_bytes, ..Options::default() };
+    let report = take(&snapshot, &options).unwrap();
+    check(&snapshot).unwrap();
+    assert_eq!(report.contexts, 4);
+    assert!(report.buffer_peak_bytes <= buffer_bytes, "{report:?}");
+}
+
+#[test]
+fn a_kernel_that_passes_over_holes_has_them_populated() {
+    if !privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = dir.path().join("populated");
+    let controls = Controls { without_wp_unpopulated: true, ..Controls::default() };
+    take(&snapshot, &with(controls)).unwrap();
+    check(&snapshot).unwrap();
+}
