@@ -9,9 +9,11 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::thread::disable_transparent_huge_pages;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -39,8 +41,10 @@ pub enum Machine {
 /// What guest RAM is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ram {
-    /// Private anonymous memory; huge pages as the host's policy says, for QEMU asks for them.
+    /// Private anonymous memory; in huge pages unless the host's policy is "never", for QEMU asks for them.
     Anonymous,
+    /// The same in 4 KiB pages, whatever the host's policy is.
+    AnonymousSmallPages,
     /// The same, shared.
     SharedAnonymous,
     /// A memfd.
@@ -348,15 +352,14 @@ impl Builder {
         }
         let log =
             fs::File::create(dir.path().join("log")).context("cannot create the log of QEMU")?;
-        let child = command
+        command
             .arg("--")
             .args(program.into_iter().map(Into::into))
             .args(self.qemu_arguments(dir.path(), &image))
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share the log of QEMU")?)
-            .stderr(log)
-            .spawn()
-            .context("cannot run setpriv")?;
+            .stderr(log);
+        let child = spawn(&mut command, self.ram != Ram::AnonymousSmallPages)?;
         let mut qemu = Qemu { child, dir, qmp: None };
         let socket = qemu.dir().join("harness.qmp");
         let qmp = poll_until("QEMU's QMP socket answers", QMP_TIMEOUT, || {
@@ -410,7 +413,7 @@ impl Builder {
         let mut add = |option: &str, value: String| arguments.extend([option.into(), value.into()]);
         // The block is called as QEMU itself would call it, whatever it is made of.
         let backend = match &self.ram {
-            Ram::Anonymous => "memory-backend-ram".to_owned(),
+            Ram::Anonymous | Ram::AnonymousSmallPages => "memory-backend-ram".to_owned(),
             Ram::SharedAnonymous => "memory-backend-ram,share=on".to_owned(),
             Ram::Memfd => "memory-backend-memfd,share=on".to_owned(),
             Ram::HugetlbMemfd => {
@@ -448,6 +451,18 @@ impl Builder {
         arguments.extend_from_slice(&self.extra);
         arguments
     }
+}
+
+/// Starts a process, with or without transparent huge pages.
+fn spawn(command: &mut Command, huge_pages: bool) -> Result<Child> {
+    // A process can only be told so by inheritance, so for that moment it holds for this one too: no
+    // other VM may be started meanwhile.
+    static INHERITED: Mutex<()> = Mutex::new(());
+    let _guard = INHERITED.lock().unwrap_or_else(PoisonError::into_inner);
+    disable_transparent_huge_pages(!huge_pages).context("cannot switch transparent huge pages")?;
+    let child = command.spawn();
+    disable_transparent_huge_pages(false).context("cannot switch transparent huge pages")?;
+    child.context("cannot run setpriv")
 }
 
 /// A running QEMU; killed when dropped.

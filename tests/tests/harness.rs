@@ -101,6 +101,18 @@ fn ram_of_every_kind_runs_the_guest() {
 }
 
 #[test]
+fn huge_pages_are_there_only_where_they_are_wanted() {
+    let huge_kib = |ram: Ram| {
+        let mut qemu = Qemu::builder().ram(ram).start().unwrap();
+        qemu.wait_ready(BOOT).unwrap();
+        qemu.anon_huge_kib().unwrap()
+    };
+    assert_eq!(huge_kib(Ram::AnonymousSmallPages), 0);
+    let policy = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap();
+    assert_eq!(huge_kib(Ram::Anonymous) > 0, !policy.contains("[never]"), "{policy}");
+}
+
+#[test]
 fn disks_of_every_kind_run_the_guest() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     for (aio, format) in [(Aio::Native, Format::Raw), (Aio::IoUring, Format::Qcow2)] {
