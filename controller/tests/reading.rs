@@ -40,6 +40,9 @@ fn snapshot(temp: &Path) -> (PathBuf, u64) {
             version: "10.0.2".into(),
             machine_type: "pc-q35-10.0".into(),
             cpus: 2,
+            command_line: ["qemu-system-x86_64", "-smp", "2", "-name", "it's 1", "-S"]
+                .map(Into::into)
+                .into(),
             ..MachineDescription::default()
         },
         run_state: RunState::Running,
@@ -105,4 +108,21 @@ fn what_is_no_snapshot_and_wrong_usage_have_their_exit_codes() {
         assert!(err.contains("manifest.json"), "{err}");
         assert_eq!(livesnap(&[command, "--nonsense"], temp.path()).0, Some(2));
     }
+}
+
+#[test]
+fn restore_prints_a_script_and_touches_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    let (dir, _) = snapshot(temp.path());
+    let (code, out, err) = livesnap(&["restore"], &dir);
+    assert_eq!((code, err.as_str()), (Some(0), ""));
+    let ram = dir.canonicalize().unwrap().join("ram.mapped-ram");
+    let command = format!(
+        "exec qemu-system-x86_64 -smp 2 -name 'it'\\''s 1' -machine pc-q35-10.0 \
+         -global migration.mapped-ram=on -incoming file:{}",
+        ram.display()
+    );
+    assert_eq!(out.lines().last(), Some(command.as_str()));
+    assert!(out.contains("# -S: dropped"), "{out}");
+    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 1);
 }

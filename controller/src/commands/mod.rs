@@ -1,6 +1,7 @@
 //! The commands, one module each.
 
 mod inspect;
+mod restore;
 mod verify;
 
 use crate::Failure;
@@ -10,6 +11,7 @@ use crate::Failure;
 pub enum Command {
     Verify(verify::Args),
     Inspect(inspect::Args),
+    Restore(restore::Args),
 }
 
 impl Command {
@@ -18,6 +20,7 @@ impl Command {
         match self {
             Self::Verify(args) => verify::run(args),
             Self::Inspect(args) => inspect::run(args),
+            Self::Restore(args) => restore::run(args),
         }
     }
 }

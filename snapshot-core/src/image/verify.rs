@@ -73,7 +73,7 @@ impl Snapshot {
         if let (Some(file), Some(record)) = (&self.device_state, files.device_state) {
             verify_file(file, &self.dir().join(DEVICE_STATE_FILE), record)?;
         }
-        let (disk_files, disk_files_unchecked) = self.verify_disks()?;
+        let (disk_files, disk_files_unchecked) = self.check_disks()?;
         self.verify_pages(progress)?;
         let ram = &self.manifest().ram;
         Ok(VerifyReport {
@@ -123,8 +123,11 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Whether disk images are there and nobody wrote to them; counts those checked, lists the others.
-    fn verify_disks(&self) -> Result<(usize, Vec<std::path::PathBuf>), ImageError> {
+    /// Checks that the disk images are there and nobody wrote to them; counts those checked, lists the others.
+    ///
+    /// # Errors
+    /// With the first image that is not what it was.
+    pub fn check_disks(&self) -> Result<(usize, Vec<std::path::PathBuf>), ImageError> {
         let working_dir = self.manifest().machine.working_dir.as_deref();
         let mut checked = 0;
         let mut unchecked = Vec::new();

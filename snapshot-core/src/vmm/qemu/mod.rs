@@ -7,6 +7,7 @@
 pub mod command_line;
 pub mod device_state;
 pub mod disks;
+pub mod incoming;
 pub mod preflight;
 pub mod qmp;
 pub mod ram_blocks;
