@@ -18,6 +18,7 @@ pub mod console;
 mod disk;
 mod huge_pages;
 pub mod initramfs;
+pub mod livesnap;
 mod load;
 pub mod mapped_ram;
 pub mod qemu;
