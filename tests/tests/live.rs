@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use livesnap_tests::check::{WindowReport, check_files};
-use livesnap_tests::qemu::{Aio, Builder, Disk, Format, HugePages, Load, Machine, Qemu, Ram};
+use livesnap_tests::qemu::{Builder, Disk, Load, Qemu};
 use livesnap_tests::{is_root_or_skip, livesnap};
 use serde_json::{Value, json};
 
