@@ -112,8 +112,11 @@ pub fn userfaultfd_of(pid: Pid, source: Source) -> Result<OwnedFd, AttachError> 
         let mut last = None;
         for tid in candidates(pid)?.into_iter().take(CANDIDATES_MAX) {
             match create_in(pid, tid, source) {
-                // The thread ended or sleeps deeply: another one will do.
-                Err(error @ AttachError::Trace { doing: "stop", .. }) => last = Some(error),
+                // The thread sleeps deeply or is ending (which the kernel also denies): another one
+                // will do, unless it is denied for all.
+                Err(
+                    error @ (AttachError::Trace { doing: "stop", .. } | AttachError::Denied { .. }),
+                ) => last = Some(error),
                 other => return other,
             }
         }

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -140,8 +141,8 @@ pub struct Qmp {
     socket: OwnedFd,
     received: Vec<u8>,
     events: VecDeque<Event>,
-    /// Who sends, to tell the replies of two senders on one socket.
-    sender: &'static str,
+    /// Who sends: tells our replies from those to another sender on this socket, or to an earlier client.
+    sender: String,
     commands: u64,
 }
 
@@ -172,19 +173,26 @@ impl Qmp {
 
     /// Takes a freshly connected socket, waits for the greeting and negotiates.
     fn negotiate(socket: OwnedFd, limit: Duration) -> Result<Self, QmpError> {
-        let mut qmp = Self::adopt(socket, "livesnap");
-        let greeting = qmp.next_message("greeting", Instant::now() + limit, limit)?;
-        if greeting.get("QMP").is_none() {
-            return Err(QmpError::lacks("greeting", "QMP member"));
-        }
+        static CONNECTIONS: AtomicU32 = AtomicU32::new(0);
+        let connection = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+        let mut qmp = Self::adopt(socket, &format!("livesnap-{}-{connection}", std::process::id()));
+        let deadline = Instant::now() + limit;
+        // QEMU may first send us what it still owed to a client that was killed.
+        while qmp.next_message("greeting", deadline, limit)?.get("QMP").is_none() {}
         qmp.execute("qmp_capabilities", json!({}), limit)?;
         Ok(qmp)
     }
 
     /// Takes over a connection that somebody else negotiated and perhaps left in the middle of a message.
     #[must_use]
-    pub fn adopt(socket: OwnedFd, sender: &'static str) -> Self {
-        Self { socket, received: Vec::new(), events: VecDeque::new(), sender, commands: 0 }
+    pub fn adopt(socket: OwnedFd, sender: &str) -> Self {
+        Self {
+            socket,
+            received: Vec::new(),
+            events: VecDeque::new(),
+            sender: sender.into(),
+            commands: 0,
+        }
     }
 
     /// The socket, to be shared with the guard.
@@ -555,6 +563,25 @@ mod tests {
         qmp.execute("x", json!({}), LIMIT).unwrap();
         assert_eq!(qmp.events.len(), EVENTS_MAX);
         assert_eq!(qmp.events.back().unwrap().name, "LAST");
+    }
+
+    #[test]
+    fn the_greeting_may_come_behind_replies_to_an_earlier_client() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let peer = std::thread::spawn(move || {
+            let mut commands = BufReader::new(theirs.try_clone().unwrap());
+            (&theirs)
+                .write_all(b"{\"return\": {}, \"id\": \"livesnap-1-1\"}\r\n{\"QMP\": {}}\r\n")
+                .unwrap();
+            let mut line = String::new();
+            commands.read_line(&mut line).unwrap();
+            let command: Value = serde_json::from_str(&line).unwrap();
+            assert_eq!(command["execute"], "qmp_capabilities");
+            let reply = json!({"return": {}, "id": command["id"]});
+            (&theirs).write_all(format!("{reply}\r\n").as_bytes()).unwrap();
+        });
+        Qmp::negotiate(ours.into(), LIMIT).unwrap();
+        peer.join().unwrap();
     }
 
     #[test]
