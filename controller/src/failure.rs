@@ -1,14 +1,23 @@
 //! How a command fails: one sentence for people, one word for programs.
 
-use snapshot_core::Reason;
 use snapshot_core::image::ImageError;
+use snapshot_core::{Phase, Reason, SessionError};
 
-/// A command's error; `main` prints it and exits with 1.
+/// It was tried and did not work.
+const FAILED: u8 = 1;
+/// It was not tried.
+const REFUSED: u8 = 3;
+/// Interrupted by a signal, as shells tell it.
+const CANCELLED: u8 = 130;
+
+/// A command's error; `main` prints it and exits with its code.
 #[derive(Debug, thiserror::Error)]
 #[error("{source}")]
 pub struct Failure {
     /// Stable code.
     pub reason: Reason,
+    /// The process's exit code.
+    pub exit_code: u8,
     /// What failed, on what, why, and what to do.
     source: Box<dyn std::error::Error + Send + Sync>,
 }
@@ -19,7 +28,27 @@ impl Failure {
         reason: Reason,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Self { reason, source: source.into() }
+        let exit_code = if reason == Reason::Cancelled { CANCELLED } else { FAILED };
+        Self { reason, exit_code, source: source.into() }
+    }
+
+    /// A refusal: nothing was touched.
+    pub fn refused(
+        reason: Reason,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { exit_code: REFUSED, ..Self::new(reason, source) }
+    }
+}
+
+impl From<SessionError> for Failure {
+    fn from(error: SessionError) -> Self {
+        let reason = error.reason();
+        if error.phase == Phase::Preparing && reason != Reason::Cancelled {
+            Self::refused(reason, error)
+        } else {
+            Self::new(reason, error)
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! The `livesnap` command line.
 //!
-//! Exit codes: 0 done and sound, 1 failed or not sound, 2 wrong usage.
+//! Exit codes: 0 done and sound, 1 failed or not sound, 2 wrong usage, 3 refused, 130 interrupted.
 
 #![forbid(unsafe_code)]
 
 mod commands;
 mod failure;
 mod output;
+mod progress;
 
 use std::process::ExitCode;
 
@@ -23,11 +24,16 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    // Diagnosis, off unless asked for: RUST_LOG=snapshot_core=debug.
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
     match Cli::parse().command.run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             output::error(&failure);
-            ExitCode::FAILURE
+            ExitCode::from(failure.exit_code)
         }
     }
 }

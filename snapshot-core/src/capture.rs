@@ -283,7 +283,9 @@ impl Engine {
     /// [`CaptureError::Read`].
     pub fn populate_holes(&self) -> Result<(), CaptureError> {
         let mut scratch = vec![0; EXTENT_BYTES];
-        for region in self.ram.regions().iter().filter(|region| region.holes_in_page_table()) {
+        for region in
+            self.ram.regions().iter().filter(|region| region.is_protected_where_populated())
+        {
             for window in region.windows(CHUNK_PAGES_MAX) {
                 let len = as_index(window.bytes());
                 self.read(region.address_of(window.first), &mut scratch[..len])?;

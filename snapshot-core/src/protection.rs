@@ -28,7 +28,7 @@ enum Holes {
         /// File offset of the region's first byte.
         offset_bytes: u64,
     },
-    /// Nothing tells cheaply: every page is read.
+    /// Nothing tells cheaply, or zero pages are stored as well: every page is read.
     Unknown,
 }
 
@@ -81,6 +81,13 @@ impl Region {
     #[must_use]
     pub const fn holes_in_page_table(&self) -> bool {
         matches!(self.holes, Holes::InPageTable)
+    }
+
+    /// Whether the page table alone holds the region's protection, so that a kernel without
+    /// `WP_UNPOPULATED` cannot protect what it does not show.
+    #[must_use]
+    pub const fn is_protected_where_populated(&self) -> bool {
+        !matches!(self.holes, Holes::InFile { .. })
     }
 
     /// The first run of pages in `run` that has content according to the backing file; `run` itself where
@@ -238,7 +245,11 @@ fn divide(
                     },
                     has_huge_pages: mapping.kind == MappingKind::Anonymous
                         && mapping.huge_bytes > 0,
-                    holes: holes_of(pid, mapping, at)?,
+                    holes: if block.store_zero_pages {
+                        Holes::Unknown
+                    } else {
+                        holes_of(pid, mapping, at)?
+                    },
                 });
                 assigned_bytes += upto.0 - at.0;
                 at = upto;

@@ -110,6 +110,13 @@ impl Options {
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
+impl From<Arc<AtomicBool>> for Cancel {
+    /// Ends the session once `flag` is true; signal handlers can set one.
+    fn from(flag: Arc<AtomicBool>) -> Self {
+        Self(flag)
+    }
+}
+
 impl Cancel {
     /// Asks the session to end; it does so within some 50 ms, or within its present request to the VMM.
     pub fn cancel(&self) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! initramfs   the guest: kernel, static init, modules          (guest/ is its program)
-//! qemu        starts a VM that runs it, reads its console
+//! qemu        starts a VM that runs it, reads its console      (with disk, load, huge_pages)
 //! qmp         talks to that VM
 //! mapped_ram  reads a snapshot's RAM file
 //! check       judges whether RAM and disk are of one instant
@@ -15,7 +15,11 @@
 
 pub mod check;
 pub mod console;
+mod disk;
+mod huge_pages;
 pub mod initramfs;
+pub mod livesnap;
+mod load;
 pub mod mapped_ram;
 pub mod qemu;
 pub mod qmp;

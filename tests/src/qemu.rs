@@ -17,6 +17,10 @@ use rustix::thread::disable_transparent_huge_pages;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+pub use crate::disk::{Aio, Disk, Format};
+pub use crate::huge_pages::HugePages;
+pub use crate::load::Load;
+
 use crate::console::{Console, Heartbeat};
 use crate::initramfs::GuestImage;
 use crate::poll_until;
@@ -53,188 +57,6 @@ pub enum Ram {
     HugetlbMemfd,
     /// A file in this directory, which should be a tmpfs.
     File(PathBuf),
-}
-
-/// How QEMU reads and writes an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Aio {
-    /// A pool of threads.
-    Threads,
-    /// Linux AIO; implies direct I/O.
-    Native,
-    /// io_uring.
-    IoUring,
-}
-
-/// Format of a disk image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// Just the blocks.
-    Raw,
-    /// QEMU's own.
-    Qcow2,
-}
-
-/// A virtio disk of the VM.
-#[derive(Debug, Clone)]
-pub struct Disk {
-    path: PathBuf,
-    format: Format,
-    aio: Aio,
-    iothread: bool,
-}
-
-impl Disk {
-    /// Uses an image that exists.
-    pub fn existing(path: impl Into<PathBuf>, format: Format) -> Self {
-        Self { path: path.into(), format, aio: Aio::Threads, iothread: false }
-    }
-
-    /// Creates an empty image.
-    pub fn create(path: impl Into<PathBuf>, format: Format, mib: u64) -> Result<Self> {
-        let disk = Self::existing(path, format);
-        qemu_img(&[
-            "create".into(),
-            "-q".into(),
-            "-f".into(),
-            format.name().into(),
-            disk.path.clone().into(),
-            format!("{mib}M").into(),
-        ])?;
-        Ok(disk)
-    }
-
-    /// How QEMU shall read and write it.
-    pub fn aio(self, aio: Aio) -> Self {
-        Self { aio, ..self }
-    }
-
-    /// Serves it from a thread of its own.
-    pub fn iothread(self) -> Self {
-        Self { iothread: true, ..self }
-    }
-
-    /// Where the image lies.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Writes a raw copy, as the checker reads it; only of an image that no QEMU is writing.
-    pub fn export_raw(&self, raw: &Path) -> Result<()> {
-        let format = self.format.name();
-        qemu_img(&[
-            "convert".into(),
-            "-f".into(),
-            format.into(),
-            "-O".into(),
-            "raw".into(),
-            self.path.clone().into(),
-            raw.into(),
-        ])
-    }
-
-    fn arguments(&self, index: usize) -> Vec<OsString> {
-        let (aio, direct) = match self.aio {
-            Aio::Threads => ("threads", "off"),
-            Aio::Native => ("native", "on"),
-            Aio::IoUring => ("io_uring", "on"),
-        };
-        let (format, path) = (self.format.name(), self.path.display());
-        let mut arguments = vec![
-            "-blockdev".into(),
-            format!(
-                "driver=file,node-name=file{index},filename={path},aio={aio},cache.direct={direct}"
-            )
-            .into(),
-            "-blockdev".into(),
-            format!("driver={format},node-name=disk{index},file=file{index},cache.direct={direct}")
-                .into(),
-        ];
-        let mut device = format!("virtio-blk-pci,drive=disk{index},id=vd{index}");
-        if self.iothread {
-            arguments.extend(["-object".into(), format!("iothread,id=io{index}").into()]);
-            device.push_str(&format!(",iothread=io{index}"));
-        }
-        arguments.extend(["-device".into(), device.into()]);
-        arguments
-    }
-}
-
-impl Format {
-    /// QEMU's name for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-}
-
-fn qemu_img(arguments: &[OsString]) -> Result<()> {
-    let output =
-        Command::new("qemu-img").args(arguments).output().context("cannot run qemu-img")?;
-    ensure!(
-        output.status.success(),
-        "qemu-img {arguments:?} failed: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(())
-}
-
-/// What the guest shall do; see `guest/src/params.rs`.
-#[derive(Debug, Clone)]
-pub struct Load {
-    /// MiB written once and then only read.
-    pub populate_mib: u32,
-    /// MiB rewritten over and over, by all workers together.
-    pub ring_mib: u32,
-    /// Threads that share the ring.
-    pub workers: u32,
-    /// Pages a second of each worker; 0 is as many as it can.
-    pub rate: u32,
-    /// Far apart instead of one after another.
-    pub random: bool,
-    /// Whether a worker writes the first disk.
-    pub disk: bool,
-    /// Ready before the first lap: the rest of it touches memory that was never touched before.
-    pub ready_early: bool,
-}
-
-impl Default for Load {
-    fn default() -> Self {
-        Self {
-            populate_mib: 16,
-            ring_mib: 16,
-            workers: 1,
-            rate: 0,
-            random: false,
-            disk: false,
-            ready_early: false,
-        }
-    }
-}
-
-impl Load {
-    fn command_line(&self) -> String {
-        let mut words = vec![
-            // A page that the guest kernel moves leaves a copy behind, which the checker would find.
-            "console=ttyS0,115200 quiet loglevel=1 panic=-1 transparent_hugepage=never".to_owned(),
-            format!("ls.run={}", fresh_run()),
-            format!("ls.populate={}", self.populate_mib),
-            format!("ls.ring={}", self.ring_mib),
-            format!("ls.workers={}", self.workers),
-            format!("ls.rate={}", self.rate),
-        ];
-        words.extend(self.random.then(|| "ls.pattern=random".to_owned()));
-        words.extend(self.disk.then(|| "ls.disk=/dev/vda".to_owned()));
-        words.extend(self.ready_early.then(|| "ls.ready=started".to_owned()));
-        words.join(" ")
-    }
-}
-
-/// A number that no earlier boot had, so that leftovers on a disk are never taken for this one's.
-fn fresh_run() -> u128 {
-    std::time::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_nanos() & u128::from(u64::MAX))
 }
 
 /// A VM to be started.
@@ -662,49 +484,6 @@ impl Drop for Qemu {
         // Both fail only if it has ended already, which is what is wanted.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// 2 MiB huge pages of the host, given back when dropped.
-#[derive(Debug)]
-pub struct HugePages {
-    count: u64,
-}
-
-impl HugePages {
-    const FILE: &str = "/proc/sys/vm/nr_hugepages";
-
-    /// Adds `mib` MiB of huge pages to the host's pool; needs root.
-    pub fn reserve(mib: u64) -> Result<Self> {
-        let before = Self::read()?;
-        let pages = Self { count: mib.div_ceil(2) };
-        Self::write(before + pages.count)?;
-        let now = Self::read()?;
-        ensure!(
-            now >= before + pages.count,
-            "the host gave {} huge pages instead of {}",
-            now - before,
-            pages.count
-        );
-        Ok(pages)
-    }
-
-    fn read() -> Result<u64> {
-        let text = fs::read_to_string(Self::FILE)
-            .with_context(|| format!("cannot read {}", Self::FILE))?;
-        text.trim().parse().with_context(|| format!("{} holds {text}", Self::FILE))
-    }
-
-    fn write(count: u64) -> Result<()> {
-        fs::write(Self::FILE, count.to_string())
-            .with_context(|| format!("cannot write {}", Self::FILE))
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        // Nobody is left to tell; the pages stay reserved, which harms no result.
-        let _ = Self::read().and_then(|now| Self::write(now.saturating_sub(self.count)));
     }
 }
 

@@ -1,0 +1,147 @@
+//! `livesnap snapshot`: take a snapshot of a running QEMU.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use rustix::process::Pid;
+use serde_json::json;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use snapshot_core::vmm::Vmm;
+use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
+use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot};
+
+use crate::{Failure, output, progress};
+
+const EXAMPLES: &str = "\
+Examples:
+  livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1-monday
+  livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --buffer 2GiB --json
+  livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --no-disks
+
+The guest pauses for some milliseconds and runs on while its memory is saved. Each writable disk goes on in a
+new overlay (IMAGE.livesnap-*.qcow2); the image below it is the disk of the snapshot and must not be written to.
+If the snapshot fails, overlays are merged back. Interrupting it (Ctrl-C, SIGTERM) is safe at any time.
+
+Exit codes:
+  0    there is a snapshot
+  1    failed; the guest runs on and nothing that looks like a snapshot is left
+  2    wrong usage
+  3    refused before anything was touched; every reason and its remedy is told
+  130  interrupted; as 1";
+
+/// Take a point-in-time snapshot of a running virtual machine
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// QMP socket of the running QEMU, one that no other program is connected to
+    #[arg(long, value_name = "SOCKET")]
+    qmp: PathBuf,
+    /// Directory that the snapshot becomes; must not exist yet, or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// QEMU's process id, where another process (such as libvirt) made the socket
+    #[arg(long, value_parser = parse_pid)]
+    pid: Option<Pid>,
+    /// Bound of the copy buffer [default: a tenth of available memory, at most 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    buffer: Option<ByteSize>,
+    /// Longest pause; beyond it the guest is continued and the snapshot fails
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = humantime::parse_duration)]
+    pause_limit: Duration,
+    /// Leave the disks out: memory and device state only
+    #[arg(long)]
+    no_disks: bool,
+    /// Put the overlays here instead of beside their images
+    #[arg(long, value_name = "DIR", conflicts_with = "no_disks")]
+    overlay_dir: Option<PathBuf>,
+    /// Report as JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<(), Failure> {
+    let cancel = cancel_on_signal()?;
+    let qemu = QemuOptions {
+        pid: args.pid,
+        disks: !args.no_disks,
+        overlay_dir: args.overlay_dir.clone(),
+        pause_limit: args.pause_limit,
+        ..QemuOptions::new(args.qmp.clone())
+    };
+    let options = Options {
+        buffer_bytes: args.buffer.map_or_else(default_buffer_bytes, |size| size.as_u64()),
+        pause_limit: args.pause_limit,
+        ..Options::default()
+    };
+    let outcome = QemuVmm::attach(qemu)
+        .map_err(|error| Failure::refused(error.reason(), error))
+        .and_then(|mut vmm| take(&mut vmm, &args.out, &options, &cancel));
+    tell(&args.out, outcome, args.json)
+}
+
+/// Takes a snapshot with a progress bar.
+pub fn take(
+    vmm: &mut dyn Vmm,
+    out: &std::path::Path,
+    options: &Options,
+    cancel: &Cancel,
+) -> Result<Report, Failure> {
+    let mut bar = progress::Bar::new();
+    let taken = snapshot(vmm, out, options, cancel, &mut |progress| bar.show(progress));
+    bar.end();
+    taken.map_err(Failure::from)
+}
+
+/// Reports the outcome for people or programs.
+pub fn tell(
+    out: &std::path::Path,
+    outcome: Result<Report, Failure>,
+    as_json: bool,
+) -> Result<(), Failure> {
+    if as_json {
+        output::json(&match &outcome {
+            Ok(report) => json!({"outcome": "completed", "directory": out, "report": report}),
+            Err(failure) => json!({
+                "outcome": "failed",
+                "reason": failure.reason,
+                "error": failure.to_string(),
+            }),
+        })?;
+    }
+    let report = outcome?;
+    if !as_json {
+        output::line(format_args!("snapshot in {}", out.display()))?;
+        output::line(progress::summary(&report))?;
+    }
+    for warning in &report.warnings {
+        output::error(format_args!("warning: {warning}"));
+    }
+    Ok(())
+}
+
+/// A session's end on Ctrl-C, on `kill`, and when the terminal goes away.
+pub fn cancel_on_signal() -> Result<Cancel, Failure> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&flag)).map_err(|error| {
+            Failure::new(Reason::Internal, format!("cannot handle signal {signal}: {error}"))
+        })?;
+    }
+    Ok(Cancel::from(flag))
+}
+
+/// A tenth of what the host has available, between the least that works and 1 GiB.
+pub fn default_buffer_bytes() -> u64 {
+    use procfs::Current as _;
+    let available = procfs::Meminfo::current().ok().and_then(|memory| memory.mem_available);
+    (available.unwrap_or(0) / 10).clamp(4 * BUFFER_BYTES_MIN, 1 << 30)
+}
+
+fn parse_pid(text: &str) -> Result<Pid, String> {
+    let number = text.parse().map_err(|_| "not a process id")?;
+    Ok(Pid::from_raw(number).filter(|_| number > 0).ok_or("not a process id")?)
+}

@@ -1,0 +1,160 @@
+//! A running snapshot as a line on the terminal, and a finished one as a report.
+
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use snapshot_core::{Phase, Progress, Report};
+
+use crate::output;
+
+/// A line on standard error that shows phase, percent, rate, buffer and stall. Shows nothing where that is no
+/// terminal.
+pub struct Bar {
+    bar: ProgressBar,
+    /// When copying began.
+    copying_since: Option<Instant>,
+}
+
+impl Bar {
+    /// Nothing shown yet.
+    pub fn new() -> Self {
+        let bar = if std::io::stderr().is_terminal() {
+            ProgressBar::new(1)
+        } else {
+            ProgressBar::hidden()
+        };
+        let style = ProgressStyle::with_template("{prefix:>10} [{bar:24}] {percent:>3}% {msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Self { bar, copying_since: None }
+    }
+
+    /// Shows `progress`.
+    pub fn show(&mut self, progress: &Progress) {
+        self.bar.set_prefix(progress.phase.as_str());
+        if progress.phase < Phase::Copying || progress.phase > Phase::Committing {
+            self.bar.tick();
+            return;
+        }
+        let since = *self.copying_since.get_or_insert_with(Instant::now);
+        self.bar.set_length(progress.total_bytes.max(1));
+        self.bar.set_position(progress.saved_bytes);
+        let fill = progress.buffer_used_bytes * 100 / progress.buffer_limit_bytes.max(1);
+        self.bar.set_message(format!(
+            "{}  buffer {fill}%  {} faults  stall p99 {}",
+            rate(progress.written_bytes, since.elapsed()),
+            progress.faults,
+            nanos(progress.service.p99_ns),
+        ));
+    }
+
+    /// Takes the line away.
+    pub fn end(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A report as people read it.
+pub fn summary(report: &Report) -> String {
+    let mut text = String::new();
+    let down = &report.downtime;
+    let mut row = |name: &str, value: String| {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "  {name:<12} {value}");
+    };
+    row(
+        "downtime",
+        format!(
+            "{} (pause {}, device state {}, protection {}, disks {}, resume {})",
+            nanos(down.total_ns),
+            nanos(down.pause_ns),
+            nanos(down.device_state_ns),
+            nanos(down.protect_ns),
+            nanos(down.disks_ns),
+            nanos(down.resume_ns)
+        ),
+    );
+    row(
+        "total",
+        format!(
+            "{} (arming {}, copying {}, committing {})",
+            nanos(report.total_ns),
+            nanos(report.arming_ns),
+            nanos(report.copying_ns),
+            nanos(report.committing_ns)
+        ),
+    );
+    row(
+        "memory",
+        format!(
+            "{}, of it {} saved by faults, {} by the sweep, {} never existed",
+            output::bytes(report.ram_bytes),
+            output::bytes(report.captured.by_fault_bytes),
+            output::bytes(report.captured.by_sweep_bytes - report.captured.hole_bytes),
+            output::bytes(report.captured.hole_bytes)
+        ),
+    );
+    row(
+        "written",
+        format!(
+            "{} at {}/s ({})",
+            output::bytes(report.stored_bytes),
+            output::bytes(report.throughput_bytes_per_second),
+            report.storage
+        ),
+    );
+    let service = &report.service;
+    row(
+        "faults",
+        format!(
+            "{} in the copy, {} while arming; handler p50 {}, p99 {}, max {}",
+            report.faults,
+            report.arming_faults,
+            nanos(service.p50_ns),
+            nanos(service.p99_ns),
+            nanos(service.max_ns)
+        ),
+    );
+    row(
+        "buffer",
+        format!(
+            "peak {} of {}, {} faults waited for room",
+            output::bytes(report.buffer_peak_bytes),
+            output::bytes(report.buffer_limit_bytes),
+            report.buffer_waits
+        ),
+    );
+    text.truncate(text.trim_end().len());
+    text
+}
+
+/// A duration in the unit that suits it.
+pub fn nanos(ns: u64) -> String {
+    match ns {
+        0..10_000 => format!("{ns} ns"),
+        10_000..1_000_000 => format!("{} us", ns / 1_000),
+        1_000_000..1_000_000_000 => {
+            format!("{}.{} ms", ns / 1_000_000, ns / 100_000 % 10)
+        }
+        _ => format!("{}.{:02} s", ns / 1_000_000_000, ns / 10_000_000 % 100),
+    }
+}
+
+fn rate(bytes: u64, elapsed: Duration) -> String {
+    let per_second = u128::from(bytes) * 1_000 / elapsed.as_millis().max(1);
+    format!("{}/s", output::bytes(u64::try_from(per_second).unwrap_or(u64::MAX)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_well() {
+        assert_eq!(nanos(950), "950 ns");
+        assert_eq!(nanos(15_300), "15 us");
+        assert_eq!(nanos(2_350_000), "2.3 ms");
+        assert_eq!(nanos(1_230_000_000), "1.23 s");
+    }
+}
