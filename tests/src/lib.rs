@@ -6,6 +6,8 @@
 //! qmp         talks to that VM
 //! mapped_ram  reads a snapshot's RAM file
 //! check       judges whether RAM and disk are of one instant
+//! restored    a VM that the product has brought back
+//! interrupt   lets Ctrl-C end demo, soak and bench as an error does
 //! ```
 //!
 //! Nothing here uses the product's code: a test must not judge the product by the product.
@@ -18,11 +20,13 @@ pub mod console;
 mod disk;
 mod huge_pages;
 pub mod initramfs;
+pub mod interrupt;
 pub mod livesnap;
 mod load;
 pub mod mapped_ram;
 pub mod qemu;
 pub mod qmp;
+pub mod restored;
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,6 +55,7 @@ pub fn poll_until<T>(
 ) -> Result<T> {
     let deadline = Instant::now() + timeout;
     loop {
+        interrupt::check()?;
         if let Some(answer) = probe()? {
             return Ok(answer);
         }

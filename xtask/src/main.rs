@@ -22,10 +22,11 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
 
   setup   install what is missing: libclang, kernel headers, QEMU >= 9,
           a guest kernel; says what beforehand
-  demo    snapshot a VM under load, restore it, and verify the copy
+  demo    snapshot a VM under load, restore it, and verify the copy; seconds
   test    setup, then everything that CI checks: format, lints, docs, build, tests, licences
-  bench   measure downtime, stalls and throughput; prints a report
-  soak    snapshot again and again under changing load until told to stop
+  bench   measure downtime, stalls and total time against QEMU's own snapshots;
+          writes docs/performance.*; --quick for a first look
+  soak    take and check snapshot after snapshot of one busy VM; --runs N
   help    this text
 
 Every command but help begins with setup, which does nothing on a machine that has all.
