@@ -29,6 +29,7 @@ mod sync;
 #[allow(unsafe_code, reason = "the one place where system calls are made on raw addresses")]
 mod sys;
 pub mod vmm;
+pub mod workload;
 mod writer;
 
 pub use capture::CaptureError;
