@@ -4,11 +4,11 @@ use snapshot_core::image::ImageError;
 use snapshot_core::{Phase, Reason, SessionError};
 
 /// It was tried and did not work.
-const FAILED: u8 = 1;
+pub const FAILED: u8 = 1;
 /// It was not tried.
-const REFUSED: u8 = 3;
+pub const REFUSED: u8 = 3;
 /// Interrupted by a signal, as shells tell it.
-const CANCELLED: u8 = 130;
+pub const CANCELLED: u8 = 130;
 
 /// A command's error; `main` prints it and exits with its code.
 #[derive(Debug, thiserror::Error)]

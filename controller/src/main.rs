@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+#[cfg(test)]
+mod docs;
 mod failure;
 mod output;
 mod progress;
@@ -17,7 +19,7 @@ pub use failure::Failure;
 
 /// Live point-in-time snapshots of running virtual machines.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Cli {
     #[command(subcommand)]
     command: commands::Command,

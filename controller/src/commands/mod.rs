@@ -1,5 +1,7 @@
 //! The commands, one module each.
 
+mod completions;
+mod demo;
 mod inspect;
 mod restore;
 mod snapshot;
@@ -12,24 +14,32 @@ use crate::Failure;
 /// What livesnap shall do.
 #[derive(clap::Subcommand)]
 pub enum Command {
+    Demo(demo::Args),
     Snapshot(snapshot::Args),
     Restore(restore::Args),
     Verify(verify::Args),
     Inspect(inspect::Args),
+    Completions(completions::Args),
     /// Watch over a pause for another livesnap process
     #[command(hide = true)]
     Guard,
+    /// Play the guest for another livesnap process
+    #[command(hide = true)]
+    DemoGuest(demo::guest::Args),
 }
 
 impl Command {
     /// Does it.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let done = match self {
+            Self::Demo(args) => demo::run(&args),
             Self::Snapshot(args) => snapshot::run(args),
             Self::Restore(args) => restore::run(args),
             Self::Verify(args) => verify::run(args),
             Self::Inspect(args) => inspect::run(args),
+            Self::Completions(args) => completions::run(&args),
             Self::Guard => return Ok(snapshot_core::vmm::guard::main()),
+            Self::DemoGuest(args) => demo::guest::run(&args),
         };
         done.map(|()| ExitCode::SUCCESS)
     }
