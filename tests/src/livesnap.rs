@@ -1,13 +1,21 @@
 //! Runs the product as a user does: the `livesnap` binary.
 
 use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use crate::poll_until;
 use crate::qemu::Qemu;
+
+/// A livesnap that says nothing new for so long hangs.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// The binary that was built beside this program.
 pub fn binary() -> Result<PathBuf> {
@@ -50,4 +58,116 @@ pub fn json(output: &Output) -> Result<Value> {
     serde_json::from_slice(&output.stdout).with_context(|| {
         format!("livesnap printed no JSON; on stderr: {}", String::from_utf8_lossy(&output.stderr))
     })
+}
+
+/// A livesnap at work, followed by what it logs; killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    lines: Receiver<String>,
+    log: String,
+}
+
+/// How a livesnap ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// What it printed on standard output.
+    pub stdout: Vec<u8>,
+    /// What it logged.
+    pub log: String,
+}
+
+impl Running {
+    /// Starts `command` with a log of its phases.
+    pub fn start(mut command: Command) -> Result<Self> {
+        command.env("RUST_LOG", "snapshot_core=debug").env("NO_COLOR", "1");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("cannot run livesnap")?;
+        let stderr = child.stderr.take().context("livesnap has no stderr")?;
+        let (sender, lines) = channel();
+        // Ends with livesnap and its guard, which share the pipe.
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { child, lines, log: String::new() })
+    }
+
+    /// Waits until the session enters `phase`, such as "copying".
+    pub fn reach(&mut self, phase: &str) -> Result<()> {
+        let wanted = format!("session phase=\"{phase}\"");
+        loop {
+            let Ok(line) = self.lines.recv_timeout(SILENCE_MAX) else {
+                bail!("livesnap did not come to {phase}; it logged:\n{}", self.log);
+            };
+            self.log.push_str(&line);
+            self.log.push('\n');
+            if line.ends_with(&wanted) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        // It is a child that was not waited for, so the number is not another's; one that has ended takes it.
+        kill_process(pid.context("no process id")?, signal).context("cannot signal livesnap")
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Result<Ended> {
+        let status = poll_until("livesnap ends", SILENCE_MAX, || {
+            self.child.try_wait().context("cannot wait for livesnap")
+        })?;
+        let mut stdout = Vec::new();
+        if let Some(mut pipe) = self.child.stdout.take() {
+            pipe.read_to_end(&mut stdout).context("cannot read what livesnap printed")?;
+        }
+        // The guard may live a little longer and keep the pipe open: what livesnap logged is there by then.
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(200)) {
+            self.log.push_str(&line);
+            self.log.push('\n');
+        }
+        Ok(Ended { status, stdout, log: std::mem::take(&mut self.log) })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ended {
+    /// The JSON that it printed.
+    pub fn told(&self) -> Result<Value> {
+        serde_json::from_slice(&self.stdout)
+            .with_context(|| format!("livesnap printed no JSON; it logged:\n{}", self.log))
+    }
+
+    /// Fails unless it ended with this exit code, reason and words in its error; shows the error.
+    pub fn expect_failure(&self, code: i32, reason: &str, words: &[&str]) -> Result<()> {
+        let told = self.told()?;
+        let error = told["error"].as_str().unwrap_or_default();
+        eprintln!("{reason}: {error}");
+        ensure!(
+            self.status.code() == Some(code) && told["reason"] == reason,
+            "{} instead of {code}, {told:#} instead of {reason}; log:\n{}",
+            self.status,
+            self.log
+        );
+        for word in words {
+            ensure!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+        ensure!(self.log.contains(error), "the error is not on stderr:\n{}", self.log);
+        Ok(())
+    }
 }

@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::disable_transparent_huge_pages;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -432,6 +433,32 @@ impl Qemu {
     /// Waits for QEMU to end by itself.
     pub fn wait_exit(&mut self, timeout: Duration) -> Result<ExitStatus> {
         poll_until("QEMU ends", timeout, || self.child.try_wait().context("cannot wait for QEMU"))
+    }
+
+    /// Sends QEMU a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw);
+        kill_process(pid.context("no process id")?, signal).context("cannot signal QEMU")
+    }
+
+    /// Whether QEMU holds a userfaultfd, or any of its memory is under one, whoever holds it.
+    pub fn has_userfaultfd(&self) -> Result<bool> {
+        let directory = format!("/proc/{}/fd", self.pid());
+        let mut links = fs::read_dir(&directory)
+            .with_context(|| format!("cannot list {directory}"))?
+            .flatten()
+            // One that is closed meanwhile is none.
+            .filter_map(|entry| fs::read_link(entry.path()).ok());
+        if links.any(|link| link == Path::new("anon_inode:[userfaultfd]")) {
+            return Ok(true);
+        }
+        let path = format!("/proc/{}/smaps", self.pid());
+        let smaps = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        // proc(5), VmFlags: uw and um are userfaultfd's write-protect and missing tracking.
+        Ok(smaps
+            .lines()
+            .filter_map(|line| line.strip_prefix("VmFlags:"))
+            .any(|flags| flags.split(' ').any(|flag| matches!(flag, "uw" | "um"))))
     }
 
     /// Kibibytes of RAM in anonymous 2 MiB huge pages.
