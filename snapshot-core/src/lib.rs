@@ -15,6 +15,7 @@ mod capture;
 mod chunk;
 mod fault;
 mod histogram;
+pub mod host;
 pub mod image;
 pub mod mappings;
 mod pagemap;

@@ -2,6 +2,7 @@
 
 mod completions;
 mod demo;
+mod doctor;
 mod inspect;
 mod restore;
 mod snapshot;
@@ -15,6 +16,7 @@ use crate::Failure;
 #[derive(clap::Subcommand)]
 pub enum Command {
     Demo(demo::Args),
+    Doctor(doctor::Args),
     Snapshot(snapshot::Args),
     Restore(restore::Args),
     Verify(verify::Args),
@@ -33,6 +35,7 @@ impl Command {
     pub fn run(self) -> Result<ExitCode, Failure> {
         let done = match self {
             Self::Demo(args) => demo::run(&args),
+            Self::Doctor(args) => doctor::run(args),
             Self::Snapshot(args) => snapshot::run(args),
             Self::Restore(args) => restore::run(args),
             Self::Verify(args) => verify::run(args),

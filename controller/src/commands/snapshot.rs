@@ -141,7 +141,8 @@ pub fn default_buffer_bytes() -> u64 {
     (available.unwrap_or(0) / 10).clamp(4 * BUFFER_BYTES_MIN, 1 << 30)
 }
 
-fn parse_pid(text: &str) -> Result<Pid, String> {
+/// A process id.
+pub fn parse_pid(text: &str) -> Result<Pid, String> {
     let number = text.parse().map_err(|_| "not a process id")?;
     Ok(Pid::from_raw(number).filter(|_| number > 0).ok_or("not a process id")?)
 }
