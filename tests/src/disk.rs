@@ -70,6 +70,23 @@ impl Disk {
         &self.path
     }
 
+    /// A new image over this one, which is then only read.
+    pub fn overlay(&self, path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        qemu_img(&[
+            "create".into(),
+            "-q".into(),
+            "-f".into(),
+            "qcow2".into(),
+            "-F".into(),
+            self.format.name().into(),
+            "-b".into(),
+            self.path.clone().into(),
+            path.clone().into(),
+        ])?;
+        Ok(Self { path, format: Format::Qcow2, ..self.clone() })
+    }
+
     /// Writes a raw copy, as the checker reads it; only of an image that no QEMU is writing.
     pub fn export_raw(&self, raw: &Path) -> Result<()> {
         let format = self.format.name();
