@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+mod child_of;
 mod completions;
 mod demo;
 mod doctor;
@@ -25,6 +26,9 @@ pub enum Command {
     /// Watch over a pause for another livesnap process
     #[command(hide = true)]
     Guard,
+    /// Run a program that ends with another livesnap process
+    #[command(hide = true)]
+    ChildOf(child_of::Args),
     /// Play the guest for another livesnap process
     #[command(hide = true)]
     DemoGuest(demo::guest::Args),
@@ -42,6 +46,7 @@ impl Command {
             Self::Inspect(args) => inspect::run(args),
             Self::Completions(args) => completions::run(&args),
             Self::Guard => return Ok(snapshot_core::vmm::guard::main()),
+            Self::ChildOf(args) => child_of::run(&args),
             Self::DemoGuest(args) => demo::guest::run(&args),
         };
         done.map(|()| ExitCode::SUCCESS)

@@ -5,6 +5,7 @@
 //! snapshot can be restored any number of times.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -17,6 +18,7 @@ use snapshot_core::vmm::qemu::command_line::{self, CommandLineError, Overlay, Re
 use snapshot_core::vmm::qemu::incoming::{self, IncomingError};
 use snapshot_core::vmm::qemu::qmp::Qmp;
 
+use super::child_of;
 use crate::{Failure, output};
 
 /// QEMU has opened its QMP socket by then, or something is wrong with it.
@@ -33,6 +35,7 @@ Examples:
 
 An argument behind -- replaces the recorded one with the same option and the same id or node-name.
 The snapshot is not altered and can be restored again, with another --overlay-dir.
+With --exec, QEMU ends with livesnap: whatever ends livesnap, kill -9 included, has QEMU shut down.
 
 Exit codes:
   0  printed; with --exec: QEMU ran and ended by itself
@@ -161,7 +164,7 @@ impl Plan {
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&self.overlay_dir)
-            .map_err(|error| failed("create the directory", &self.overlay_dir, &error))?;
+            .map_err(|error| self.no_overlay_dir(&error))?;
         let mut child = self.start().inspect_err(|_| self.remove_overlays())?;
         if let Err(failure) = self.load(&mut child, snapshot) {
             // It never ran: nothing in the overlays is worth keeping.
@@ -191,6 +194,18 @@ impl Plan {
         self.overlay_dir.join("qmp.sock")
     }
 
+    fn no_overlay_dir(&self, error: &std::io::Error) -> Failure {
+        let path = self.overlay_dir.display();
+        let remedy = match error.kind() {
+            ErrorKind::AlreadyExists => {
+                "it holds the disks of a guest restored before; remove it when that guest is no longer wanted, or give another --overlay-dir"
+            }
+            _ => "give another --overlay-dir",
+        };
+        let text = format!("could not create the directory {path}: {error}: {remedy}");
+        Failure::new(Reason::BadDestination, text)
+    }
+
     fn remove_overlays(&self) {
         if let Err(error) = fs::remove_dir_all(&self.overlay_dir) {
             output::error(failed("remove", &self.overlay_dir, &error));
@@ -211,7 +226,7 @@ impl Plan {
         let (program, arguments) =
             self.rewritten.command.split_first().ok_or(CommandLineError::None)?;
         let qmp = format!("unix:{},server=on,wait=off", escaped(&self.qmp_socket()));
-        let mut command = Command::new(program);
+        let mut command = child_of::command(program);
         command.args(arguments).args(["-S", "-incoming", "defer", "-qmp", &qmp]);
         if let Some(dir) = &self.working_dir {
             command.current_dir(dir);
