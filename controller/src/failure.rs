@@ -1,5 +1,6 @@
 //! How a command fails: one sentence for people, one word for programs.
 
+use serde_json::json;
 use snapshot_core::image::ImageError;
 use snapshot_core::{Phase, Reason, SessionError};
 
@@ -38,6 +39,11 @@ impl Failure {
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
         Self { exit_code: REFUSED, ..Self::new(reason, source) }
+    }
+
+    /// What takes the place of a report.
+    pub fn json(&self) -> serde_json::Value {
+        json!({"outcome": "failed", "reason": self.reason, "error": self.to_string()})
     }
 }
 

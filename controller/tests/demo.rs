@@ -6,7 +6,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
@@ -55,25 +55,52 @@ fn the_snapshot_is_of_one_instant_and_the_control_is_not() {
     assert!(is_empty(dir.path()));
 }
 
+/// Starts a demo whose snapshot is just beginning.
+fn begin(dir: &Path) -> Child {
+    let child = demo(dir, "512MiB").spawn().unwrap();
+    wait_until("the demo begins", || !is_empty(dir));
+    child
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn an_interrupted_demo_leaves_nothing_behind() {
     if !is_root() {
         return;
     }
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let child = demo(dir.path(), "512MiB").spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(60);
-    // The snapshot is just beginning then.
-    while is_empty(dir.path()) {
-        assert!(Instant::now() < deadline, "the demo does not begin");
-        std::thread::yield_now();
-    }
+    let child = begin(dir.path());
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     let told: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(130), "{told:#}");
     assert_eq!(told["reason"], "cancelled");
     assert!(is_empty(dir.path()));
+}
+
+#[test]
+fn a_killed_demo_takes_its_processes_along() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let mut child = begin(dir.path());
+    let children = format!("/proc/{0}/task/{0}/children", child.id());
+    let children = fs::read_to_string(children).unwrap();
+    let pids: Vec<_> = children.split_whitespace().collect();
+    assert_eq!(pids.len(), 2, "the guard and the guest: {children}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Also while nobody has taken note of its end, it has no program any more.
+    let has_ended = |pid: &&str| fs::read_link(format!("/proc/{pid}/exe")).is_err();
+    wait_until("they end", || pids.iter().all(has_ended));
 }
 
 #[test]

@@ -90,14 +90,15 @@ impl Running {
         }
     }
 
-    /// The process of the QEMU that `livesnap restore --exec` started.
+    /// The program that `livesnap restore --exec` started, in `/proc`: a link that is gone when its process has
+    /// ended, also while nobody has taken note of it.
     fn qemu(&mut self) -> PathBuf {
         poll_until("livesnap tells of QEMU", BOOT, || {
             self.check_alive()?;
             let messages = self.messages();
             let rest = messages.split_once("restored: pid ");
             let pid = rest.and_then(|(_, rest)| rest.split_once(','));
-            Ok(pid.map(|(pid, _)| Path::new("/proc").join(pid)))
+            Ok(pid.map(|(pid, _)| Path::new("/proc").join(pid).join("exe")))
         })
         .unwrap()
     }
@@ -123,9 +124,10 @@ fn a_guest_is_restored_beside_the_original_and_ends_with_livesnap() {
     assert_eq!(taken.source.wait_laps(1, BOOT).unwrap().inconsistent, 0);
 
     let qemu = running.qemu();
-    assert!(qemu.exists());
+    assert!(fs::read_link(&qemu).is_ok());
     drop(running);
-    poll_until("QEMU ends with livesnap", BOOT, || Ok((!qemu.exists()).then_some(()))).unwrap();
+    poll_until("QEMU ends with livesnap", BOOT, || Ok(fs::read_link(&qemu).is_err().then_some(())))
+        .unwrap();
     taken.expect_sound();
 }
 
@@ -172,7 +174,7 @@ fn a_virtual_machine_with_another_ram_block_is_refused() {
     source.wait_ready(BOOT).unwrap();
     livesnap::snapshot(&source, &snapshot, &[]).unwrap();
     drop(source);
-    let mut refuse = |argument: &str, expected: &str| {
+    let refuse = |argument: &str, expected: &str| {
         let mut command = livesnap::command(["restore", "--exec"]).unwrap();
         command.arg(&snapshot).args(["--", "-device", argument]).stdin(Stdio::null());
         let output = command.output().unwrap();

@@ -105,11 +105,7 @@ pub fn tell(
     if as_json {
         output::json(&match &outcome {
             Ok(report) => json!({"outcome": "completed", "directory": out, "report": report}),
-            Err(failure) => json!({
-                "outcome": "failed",
-                "reason": failure.reason,
-                "error": failure.to_string(),
-            }),
+            Err(failure) => failure.json(),
         })?;
     }
     let report = outcome?;

@@ -1,7 +1,7 @@
 //! The guest of the demo: a process of its own, with threads that write its memory.
 //!
 //! Runs as the hidden command `livesnap demo-guest`. Its standard input is a socket on which it answers one line for
-//! each line that it is sent; when that is hung up, whatever ended the demo, the guest ends too.
+//! each line that it is sent; when that is hung up, the guest ends.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd as _;

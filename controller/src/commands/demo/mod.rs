@@ -87,11 +87,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if args.json {
         output::json(&match &shown {
             Ok(shown) => json!({"outcome": "completed", "demo": shown}),
-            Err(failure) => json!({
-                "outcome": "failed",
-                "reason": failure.reason,
-                "error": failure.to_string(),
-            }),
+            Err(failure) => failure.json(),
         })?;
     }
     shown.map(drop)

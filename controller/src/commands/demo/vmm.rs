@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use rustix::process::Pid;
@@ -18,6 +18,7 @@ use snapshot_core::vmm::{
 };
 
 use super::guest::{self, Answer, Request};
+use crate::commands::child_of;
 
 /// Longest wait for an answer of the guest: it fills its memory before the first, on a host that may be busy.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -72,7 +73,7 @@ impl GuestProcess {
         let guard = Guard::start(&Guard::own_command())?;
         let (ours, theirs) = UnixStream::pair().map_err(GuestError::Start)?;
         ours.set_read_timeout(Some(ANSWER_LIMIT)).map_err(GuestError::Start)?;
-        let child = Command::new("/proc/self/exe")
+        let child = child_of::command("/proc/self/exe")
             .arg("demo-guest")
             .args(["--writers", &size.writers.to_string()])
             .args(["--pages-per-writer", &size.pages_per_writer.to_string()])
