@@ -25,7 +25,7 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
   demo    snapshot a VM under load, restore it, and verify the copy; seconds
   test    setup, then everything that CI checks: format, lints, docs, build, tests, licences
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
-          writes docs/performance.*; --quick for a first look
+          --quick for a first look, --update-docs for docs/performance.*
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   help    this text
 

@@ -1,0 +1,256 @@
+//! `cargo xtask bench`: livesnap against QEMU's own background-snapshot, on the same guest, in turns.
+//!
+//! ```text
+//! main      which guests, how often
+//! measure   one snapshot by one tool, seen from outside and from within the guest
+//! report    medians, tables, targets
+//! chart     the same as a picture
+//! ```
+//!
+//! Run by people. One guest runs at a time, on a machine that should have nothing else to do.
+
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, reason = "standard output is what this program is for")]
+
+mod chart;
+mod measure;
+mod report;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use livesnap_tests::interrupt;
+use livesnap_tests::qemu::{Load, Qemu, Ram};
+use serde::Serialize;
+
+use crate::measure::{Run, Tool};
+
+/// MiB that the guest rewrites over and over.
+const RING_MIB: u32 = 256;
+/// RAM of the guest beyond what its program writes: kernel, initramfs, page tables.
+const OVERHEAD_MIB: u32 = 256;
+/// Pages a second of a worker that is not to keep its CPU busy.
+const PACED_RATE: u32 = 5_000;
+/// Size of the guest with such a worker, in MiB.
+const PACED_MIB: u32 = 2_048;
+/// From this size on, [`RUNS_LARGE`].
+const LARGE_MIB: u32 = 4_096;
+const RUNS: u32 = 5;
+const RUNS_LARGE: u32 = 3;
+const RUNS_QUICK: u32 = 1;
+/// Emulation writes some 100 MiB a second.
+const BOOT: Duration = Duration::from_secs(600);
+
+/// Measure livesnap against QEMU's background-snapshot: downtime, total time, and what the guest notices
+#[derive(Parser)]
+#[command(name = "livesnap-bench", version)]
+struct Args {
+    /// A first look: 512 MiB and 2 GiB, one snapshot each
+    #[arg(long, conflicts_with = "update_docs")]
+    quick: bool,
+    /// Guest memory that is written before, in MiB [default: 512,2048,4096,8192]
+    #[arg(long, value_name = "MIB", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(512..))]
+    sizes: Vec<u32>,
+    /// What guest RAM is made of
+    #[arg(long, value_delimiter = ',', default_values_t = Kind::ALL)]
+    ram: Vec<Kind>,
+    /// Snapshots by each tool of each guest [default: 5, and 3 from 4 GiB on]
+    #[arg(long)]
+    runs: Option<u32>,
+    /// Where to write all figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Put table, chart and figures into docs/performance.* below the current directory
+    #[arg(long)]
+    update_docs: bool,
+}
+
+/// What guest RAM is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+enum Kind {
+    /// Private memory in transparent huge pages, where the host has them: QEMU's default.
+    Anonymous,
+    /// Private memory in 4 KiB pages.
+    SmallPages,
+    /// A shared memfd.
+    Memfd,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Anonymous, Self::SmallPages, Self::Memfd];
+
+    fn ram(self) -> Ram {
+        match self {
+            Self::Anonymous => Ram::Anonymous,
+            Self::SmallPages => Ram::AnonymousSmallPages,
+            Self::Memfd => Ram::Memfd,
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::SmallPages => "anonymous, 4 KiB pages",
+            Self::Memfd => "memfd",
+        }
+    }
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Anonymous => "anonymous",
+            Self::SmallPages => "small-pages",
+            Self::Memfd => "memfd",
+        })
+    }
+}
+
+/// One guest and all that was measured on it.
+#[derive(Debug, Serialize)]
+struct Case {
+    populated_mib: u32,
+    kind: Kind,
+    /// Whether the worker keeps to [`PACED_RATE`] instead of writing as fast as it can.
+    paced: bool,
+    runs: Vec<Run>,
+}
+
+/// All figures, and what they were measured on.
+#[derive(Debug, Serialize)]
+struct Figures {
+    command: String,
+    date: String,
+    host: String,
+    qemu: String,
+    cases: Vec<Case>,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("livesnap-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    interrupt::watch()?;
+    let mut figures = Figures {
+        command: ["cargo xtask bench".to_owned()]
+            .into_iter()
+            .chain(std::env::args().skip(1))
+            .collect::<Vec<_>>()
+            .join(" "),
+        date: said_by("date", &["--utc", "+%Y-%m-%d %H:%M UTC"])?,
+        host: host()?,
+        qemu: said_by("qemu-system-x86_64", &["--version"])?,
+        cases: Vec::new(),
+    };
+    for case in plan(args) {
+        figures.cases.push(measure_case(case, args)?);
+    }
+    let tables = report::tables(&figures);
+    println!("{tables}");
+    let json = serde_json::to_string_pretty(&figures).context("cannot make JSON")? + "\n";
+    if let Some(path) = &args.json {
+        write(path, &json)?;
+    }
+    if args.update_docs {
+        let page = Path::new("docs/performance.md");
+        let text =
+            fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
+        write(page, &report::replace_tables(&text, &tables)?)?;
+        write(&page.with_extension("svg"), &chart::draw(&figures.cases))?;
+        write(&page.with_extension("json"), &json)?;
+    }
+    Ok(())
+}
+
+/// The guests to measure, small ones first, the paced ones last.
+fn plan(args: &Args) -> Vec<Case> {
+    let sizes = match (&args.sizes[..], args.quick) {
+        ([], true) => &[512, 2_048][..],
+        ([], false) => &[512, 2_048, 4_096, 8_192],
+        (sizes, _) => sizes,
+    };
+    let case = |populated_mib, kind, paced| Case { populated_mib, kind, paced, runs: Vec::new() };
+    let full =
+        sizes.iter().flat_map(|&size| args.ram.iter().map(move |&kind| case(size, kind, false)));
+    let paced = args.ram.iter().map(|&kind| case(PACED_MIB, kind, true));
+    full.chain(paced).collect()
+}
+
+/// Boots the guest and takes snapshots of it by both tools in turns.
+fn measure_case(mut case: Case, args: &Args) -> Result<Case> {
+    let default = if case.populated_mib >= LARGE_MIB { RUNS_LARGE } else { RUNS };
+    let runs = args.runs.unwrap_or(if args.quick { RUNS_QUICK } else { default });
+    let paced = if case.paced { ", paced" } else { "" };
+    let name = format!("{} MiB, {}{paced}", case.populated_mib, case.kind.words());
+    eprintln!("{name}: booting");
+    let dir = tempfile::Builder::new()
+        .prefix("livesnap-bench-")
+        .tempdir_in("/var/tmp")
+        .context("cannot make a directory in /var/tmp")?;
+    let load = Load {
+        populate_mib: case.populated_mib - RING_MIB,
+        ring_mib: RING_MIB,
+        rate: if case.paced { PACED_RATE } else { 0 },
+        ..Load::default()
+    };
+    // One vCPU more than workers: else the guest's own scheduling would hide what stalls them.
+    let mut guest = Qemu::builder()
+        .memory_mib(case.populated_mib + OVERHEAD_MIB)
+        .ram(case.kind.ram())
+        .vcpus(load.workers + 1)
+        .load(load)
+        .start()?;
+    guest.wait_ready(BOOT)?;
+    for _ in 0..runs {
+        for tool in [Tool::Livesnap, Tool::Qemu] {
+            let run = measure::run(tool, &mut guest, dir.path())
+                .with_context(|| format!("{name}: {tool:?}"))?;
+            eprintln!("{name}: {}", report::line(&run));
+            case.runs.push(run);
+        }
+    }
+    let beat = guest.wait_heartbeat(BOOT, |_| true)?;
+    ensure!(beat.inconsistent == 0, "{name}: the guest found {} wrong pages", beat.inconsistent);
+    Ok(case)
+}
+
+/// CPUs, memory and kernel of this machine.
+fn host() -> Result<String> {
+    let cpus = fs::read_to_string("/proc/cpuinfo").context("cannot read /proc/cpuinfo")?;
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
+    let memory = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let kib: u64 = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok())
+        .context("/proc/meminfo has no MemTotal")?;
+    let kernel = said_by("uname", &["--kernel-release"])?;
+    let model = model.map_or("unknown", |(_, model)| model);
+    Ok(format!("{count} CPUs ({model}), {} GiB RAM, Linux {kernel}", kib.div_ceil(1 << 20)))
+}
+
+/// The first line that a command prints.
+fn said_by(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .with_context(|| format!("cannot run {program}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().with_context(|| format!("{program} says nothing"))?.to_owned())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
