@@ -118,7 +118,7 @@ fn restore_prints_a_script_and_touches_nothing() {
     assert_eq!((code, err.as_str()), (Some(0), ""));
     let ram = dir.canonicalize().unwrap().join("ram.mapped-ram");
     let command = format!(
-        "exec qemu-system-x86_64 -smp 2 -name 'it'\\''s 1' -machine pc-q35-10.0 \
+        "exec qemu-system-x86_64 -smp 2 -name 'it'\\''s 1' -machine pc-q35-10.0 -display none \
          -global migration.mapped-ram=on -incoming file:{}",
         ram.display()
     );

@@ -9,7 +9,8 @@
 //! machine type            the versioned one of the snapshot
 //! chardevs, serial ports  null
 //! user-mode network       without forwarded ports
-//! monitors, displays, pid file, daemonizing, gdb, logs      dropped
+//! no word about displays  none
+//! monitors, remote displays, pid file, daemonizing, gdb, logs      dropped
 //! ```
 //!
 //! What cannot be made private for sure is refused. An argument that names an `id` or `node-name` is replaced by one
@@ -426,6 +427,13 @@ impl Rewriter<'_> {
         if !arguments.iter().any(|argument| matches!(argument.option.as_str(), "M" | "machine")) {
             self.machine_type("");
         }
+        // Without a word about displays, QEMU opens a window or a VNC server that asks nobody for a password.
+        if !arguments
+            .iter()
+            .any(|argument| matches!(argument.option.as_str(), "display" | "nographic"))
+        {
+            self.push("display", "none");
+        }
         for disk in self.disks {
             if !self.out.overlays.iter().any(|overlay| overlay.path == self.overlay_path(disk)) {
                 self.change(format!(
@@ -677,7 +685,7 @@ mod tests {
         let machine = MachineDescription {
             machine_type: "pc-q35-10.0".into(),
             cpus: 2,
-            command_line: words(&format!("qemu -smp 2 -m 256 {line}")),
+            command_line: words(&format!("qemu -display none -smp 2 -m 256 {line}")),
             working_dir: Some("/images".into()),
             ..MachineDescription::default()
         };
@@ -696,7 +704,7 @@ mod tests {
     /// What becomes of `line`, less what is always there.
     fn rewritten(line: &str) -> String {
         let command = try_rewrite(line, "").unwrap().command.join(" ");
-        let command = command.strip_prefix("qemu -smp 2 -m 256").unwrap();
+        let command = command.strip_prefix("qemu -display none -smp 2 -m 256").unwrap();
         command.strip_suffix(" -machine pc-q35-10.0").unwrap_or(command).trim_start().to_owned()
     }
 
@@ -812,6 +820,18 @@ mod tests {
         {
             assert!(try_rewrite(line, "").is_ok(), "{line}");
         }
+    }
+
+    #[test]
+    fn no_display_is_opened_that_nobody_asked_for() {
+        let machine = MachineDescription {
+            machine_type: "pc-q35-10.0".into(),
+            cpus: 1,
+            command_line: words("qemu -vnc :1"),
+            ..MachineDescription::default()
+        };
+        let out = rewrite(&machine, &[], &[], Path::new("/new"), &words("-vnc :2")).unwrap();
+        assert_eq!(out.command.join(" "), "qemu -machine pc-q35-10.0 -display none -vnc :2");
     }
 
     #[test]
