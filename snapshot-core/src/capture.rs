@@ -24,7 +24,7 @@ use crate::buffer::{Buffer, EXTENT_BYTES, Extent, Purpose};
 use crate::chunk::{CHUNK_PAGES_MAX, ChunkMap};
 use crate::histogram::Histogram;
 use crate::pagemap::{Entries, Pagemap};
-use crate::protection::{ProtectedRam, Region};
+use crate::protection::{DataCursor, ProtectedRam, Region};
 use crate::report::Progress;
 
 /// What went wrong between the consistency point and the last page.
@@ -324,6 +324,7 @@ pub struct Worker<'a> {
     purpose: Purpose,
     extent: Option<Extent>,
     entries: Entries,
+    cursor: DataCursor,
     checks: bool,
 }
 
@@ -331,7 +332,14 @@ impl<'a> Worker<'a> {
     /// A worker with nothing captured yet, which checks that pages are still protected if `checks`.
     #[must_use]
     pub fn new(engine: &'a Engine, purpose: Purpose, checks: bool) -> Self {
-        Self { engine, purpose, extent: None, entries: Entries::new(), checks }
+        Self {
+            engine,
+            purpose,
+            extent: None,
+            entries: Entries::new(),
+            cursor: DataCursor::default(),
+            checks,
+        }
     }
 
     /// Makes sure of room for at least `pages` in the current extent and returns what there is, waiting for
@@ -413,7 +421,8 @@ impl<'a> Worker<'a> {
         } else {
             let mut rest = run;
             while rest.count > 0 {
-                let data = region.data_in_file(rest).map_err(|source| CaptureError::Read {
+                let data = self.cursor.first_data(region, rest);
+                let data = data.map_err(|source| CaptureError::Read {
                     address: region.address_of(rest.first),
                     source,
                 })?;

@@ -90,26 +90,57 @@ impl Region {
         !matches!(self.holes, Holes::InFile { .. })
     }
 
-    /// The first run of pages in `run` that has content according to the backing file; `run` itself where
-    /// the file does not tell.
+    /// The first run of pages from `page` on that has content according to the backing file, or nothing if
+    /// there is none; the rest of the region where the file does not tell.
     ///
     /// # Errors
     /// The file system's.
-    pub fn data_in_file(&self, run: PageRun) -> io::Result<Option<PageRun>> {
-        let Holes::InFile { file, offset_bytes } = &self.holes else { return Ok(Some(run)) };
+    pub fn data_in_file(&self, page: PageIndex) -> io::Result<Option<PageRun>> {
+        let Holes::InFile { file, offset_bytes } = &self.holes else {
+            return Ok(Some(PageRun { first: page, count: self.run.end() - page.0 }));
+        };
         let at = |page: u64| offset_bytes + (page - self.run.first.0) * PAGE_BYTES;
         let page_of = |offset: u64| (offset - offset_bytes) / PAGE_BYTES + self.run.first.0;
-        let data = match seek(file, SeekFrom::Data(at(run.first.0))) {
+        let data = match seek(file, SeekFrom::Data(at(page.0))) {
             Ok(offset) => page_of(offset),
             // No data from here to the end of file.
             Err(rustix::io::Errno::NXIO) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        if data >= run.end() {
+        if data >= self.run.end() {
             return Ok(None);
         }
-        let hole = page_of(seek(file, SeekFrom::Hole(at(data)))?).min(run.end());
+        let hole = page_of(seek(file, SeekFrom::Hole(at(data)))?).min(self.run.end());
         Ok(Some(PageRun { first: PageIndex(data), count: hole - data }))
+    }
+}
+
+/// Remembers where the file behind a region has content, for a pass in ascending order: looking it up
+/// takes the kernel a walk over all pages up to the next hole.
+#[derive(Default)]
+pub struct DataCursor {
+    /// Pages that are looked up: from here to the end of `data`, or to the region's end if that is nothing.
+    from: u64,
+    end: u64,
+    data: Option<PageRun>,
+}
+
+impl DataCursor {
+    /// The first part of `run`, which lies in `region`, that has content.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn first_data(&mut self, region: &Region, run: PageRun) -> io::Result<Option<PageRun>> {
+        if run.first.0 < self.from || run.first.0 >= self.end {
+            self.data = region.data_in_file(run.first)?;
+            self.from = run.first.0;
+            self.end = self.data.map_or(region.run.end(), PageRun::end);
+        }
+        Ok(self.data.and_then(|data| {
+            let first = data.first.max(run.first);
+            let end = data.end().min(run.end());
+            (first.0 < end).then(|| PageRun { first, count: end - first.0 })
+        }))
     }
 }
 
@@ -298,6 +329,30 @@ mod tests {
         assert_eq!(windows, [(0, 13), (13, 16), (29, 11)]);
         assert_eq!(region.window(PageIndex(1013), 16).first, PageIndex(1013));
         assert_eq!(region.window(PageIndex(1012), 1).count, 1);
+    }
+
+    #[test]
+    fn the_cursor_finds_what_the_file_holds_and_looks_each_stretch_up_once() {
+        use std::os::unix::fs::FileExt as _;
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(100 * PAGE_BYTES).unwrap();
+        for page in [2, 3, 4, 50] {
+            file.write_all_at(&[1], page * PAGE_BYTES).unwrap();
+        }
+        let mut region = region(0x7f00_0000_0000, 90);
+        region.holes = Holes::InFile { file, offset_bytes: 0 };
+        let mut cursor = DataCursor::default();
+        let mut found = |first: u64, count: u64| {
+            let run = PageRun { first: PageIndex(1000 + first), count };
+            let data = cursor.first_data(&region, run).unwrap();
+            data.map(|data| (data.first.0 - 1000, data.count))
+        };
+        assert_eq!(found(0, 4), Some((2, 2)));
+        assert_eq!(found(4, 10), Some((4, 1)));
+        assert_eq!(found(5, 9), None);
+        assert_eq!(found(14, 40), Some((50, 1)));
+        assert_eq!(found(51, 39), None);
+        assert_eq!(found(0, 90), Some((2, 3)), "going back looks up again");
     }
 
     #[test]
