@@ -12,8 +12,9 @@
 //!   idle ────────► armed ──────────────────────────────────► idle
 //!                    │  limit passed: post `cont`
 //!                    ├────────────────► fired ── Disarm → "fired" ─► idle
-//!                    │  livesnap ended: `cont` until the guest runs
-//!                    └────────────────► end
+//!                    │                    │
+//!                    └────────────────────┴─► end
+//!                      livesnap ended: `cont` until the guest runs
 //! ```
 //!
 //! QEMU works off one socket's commands in order, so a `cont` behind a `stop` always wins, also over a
@@ -308,7 +309,8 @@ fn serve(control: &BorrowedFd<'_>) -> io::Result<()> {
         }
         let request = receive_packet(control);
         let Ok(Some((request, fd))) = request else {
-            if matches!(pause, Pause::Armed { .. }) {
+            // Also after a `cont` of ours: QEMU forgets commands it has not carried out when a client goes.
+            if pause != Pause::Idle {
                 rescue(qmp.as_mut());
             }
             return request.map(drop);
