@@ -344,6 +344,9 @@ impl Qmp {
 
     /// Takes one message out of what was received. Messages may span lines (`pretty=on`).
     fn parse(&mut self, command: &str) -> Result<Option<Value>, QmpError> {
+        // What is left of the line of the message before: else it would pass for a line of nonsense.
+        let blank = self.received.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        self.received.drain(..blank);
         // QEMU ends every message with a line break: before it there is nothing to be had.
         let Some(line_end) = self.received.iter().rposition(|&byte| byte == b'\n') else {
             return Ok(None);
