@@ -325,6 +325,11 @@ pub fn snapshot(
         Err(cause) => {
             let phase = session.phase;
             session.enter(Phase::Aborting, None);
+            // The end of the VMM shows in many ways, of which its own is the plainest.
+            let cause = match vmm.check() {
+                Err(error) if error.reason == Reason::VmmDied => error.into(),
+                _ => cause,
+            };
             let leftover = vmm.resume().and(vmm.finish(Outcome::Failed)).err();
             session.enter(Phase::Failed, None);
             Err(SessionError { phase, cause, leftover })

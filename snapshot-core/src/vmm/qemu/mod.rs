@@ -41,6 +41,8 @@ use crate::ram::RamLayout;
 const DEV_USERFAULTFD: &str = "/dev/userfaultfd";
 /// Name under which QEMU keeps our descriptor of it, for a moment.
 const FD_NAME: &str = "livesnap-userfaultfd";
+/// A dying QEMU's monitor closes so long before the process has ended, at most.
+const END_LIMIT: Duration = Duration::from_millis(500);
 
 /// How to reach a QEMU and how to treat it.
 #[derive(Clone, Debug)]
@@ -270,8 +272,8 @@ impl QemuProcess {
         QemuError::Process { pid: self.number(), source: source.into() }
     }
 
-    fn has_ended(&self) -> bool {
-        wait_for(&self.pidfd, PollFlags::IN, Some(Instant::now())).unwrap_or(true)
+    fn ends_within(&self, limit: Duration) -> bool {
+        wait_for(&self.pidfd, PollFlags::IN, Some(Instant::now() + limit)).unwrap_or(true)
     }
 }
 
@@ -427,10 +429,15 @@ impl QemuVmm {
     }
 
     fn look(&mut self) -> Result<(), QemuError> {
-        if self.process.has_ended() {
-            return Err(QemuError::Died { pid: self.process.number() });
+        let died = || QemuError::Died { pid: self.process.number() };
+        if self.process.ends_within(Duration::ZERO) {
+            return Err(died());
         }
-        match self.qmp.take_events()?.into_iter().find(discards_pages) {
+        let events = self.qmp.take_events().map_err(|error| match error {
+            QmpError::Closed { .. } if self.process.ends_within(END_LIMIT) => died(),
+            error => error.into(),
+        })?;
+        match events.into_iter().find(discards_pages) {
             Some(event) => Err(QemuError::PagesDiscarded { event: event.name }),
             None => Ok(()),
         }
