@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use rustix::process::Pid;
 use serde_json::json;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use snapshot_core::vmm::Vmm;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
 use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot};
@@ -122,11 +122,16 @@ pub fn tell(
 /// A session's end on Ctrl-C, on `kill`, and when the terminal goes away.
 pub fn cancel_on_signal() -> Result<Cancel, Failure> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&flag)).map_err(|error| {
+    let handle = |signal, flag| {
+        signal_hook::flag::register(signal, flag).map_err(|error| {
             Failure::new(Reason::Internal, format!("cannot handle signal {signal}: {error}"))
-        })?;
+        })
+    };
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        handle(signal, Arc::clone(&flag))?;
     }
+    // Caught, it leaves a file that would grow past the process's limit to the write's own error.
+    handle(SIGXFSZ, Arc::default())?;
     Ok(Cancel::from(flag))
 }
 

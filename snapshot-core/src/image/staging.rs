@@ -313,7 +313,7 @@ fn lock_partial(destination: &Path, partial: &Path) -> Result<OwnedFd, ImageErro
         match fs::DirBuilder::new().mode(DIR_MODE).create(partial) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(ImageError::io("create", partial, error)),
+            Err(error) => return Err(cannot_create(destination, partial, error)),
         }
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
         let lock = match rustix::fs::open(partial, flags, Mode::empty()) {
@@ -332,6 +332,19 @@ fn lock_partial(destination: &Path, partial: &Path) -> Result<OwnedFd, ImageErro
         }
     }
     Err(ImageError::Busy { path: destination.into(), partial: partial.into() })
+}
+
+fn cannot_create(destination: &Path, partial: &Path, error: io::Error) -> ImageError {
+    let bad = |problem| ImageError::Destination { path: destination.into(), problem };
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => {
+            bad("lies on a read-only file system: choose another place")
+        }
+        io::ErrorKind::PermissionDenied => {
+            bad("lies in a directory that livesnap may not write to: choose another place")
+        }
+        _ => ImageError::io("create", partial, error),
+    }
 }
 
 /// Whether `path` still leads to the directory that `fd` is open on.
