@@ -4,6 +4,8 @@
 //! initramfs   the guest: kernel, static init, modules          (guest/ is its program)
 //! qemu        starts a VM that runs it, reads its console      (with disk, load, huge_pages)
 //! qmp         talks to that VM
+//! qmp_proxy   spoils what QEMU answers                         (livesnap runs through it)
+//! mount       file systems to fill and to break
 //! mapped_ram  reads a snapshot's RAM file
 //! check       judges whether RAM and disk are of one instant
 //! restored    a VM that the product has brought back
@@ -24,8 +26,10 @@ pub mod interrupt;
 pub mod livesnap;
 mod load;
 pub mod mapped_ram;
+pub mod mount;
 pub mod qemu;
 pub mod qmp;
+pub mod qmp_proxy;
 pub mod restored;
 
 use std::thread;

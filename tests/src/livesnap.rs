@@ -157,7 +157,7 @@ impl Ended {
     pub fn expect_failure(&self, code: i32, reason: &str, words: &[&str]) -> Result<()> {
         let told = self.told()?;
         let error = told["error"].as_str().unwrap_or_default();
-        eprintln!("{reason}: {error}");
+        eprintln!("{}: {error}", told["reason"]);
         ensure!(
             self.status.code() == Some(code) && told["reason"] == reason,
             "{} instead of {code}, {told:#} instead of {reason}; log:\n{}",

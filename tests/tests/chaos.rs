@@ -8,11 +8,14 @@
 use std::cell::Cell;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use livesnap_tests::check::check_files;
 use livesnap_tests::livesnap::{Ended, Running, snapshot, snapshot_command};
-use livesnap_tests::qemu::{Disk, Format, Load, Qemu};
+use livesnap_tests::mount::Mount;
+use livesnap_tests::qemu::{Builder, Disk, Format, Load, Qemu};
+use livesnap_tests::qmp_proxy::{Answer, QmpProxy};
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -53,6 +56,17 @@ impl Moments {
     }
 }
 
+/// Where snapshots may leave something.
+#[derive(Debug, PartialEq)]
+struct Traces {
+    /// Beside the disk's image.
+    files: Vec<PathBuf>,
+    /// QEMU's block nodes, the guest's disk first.
+    nodes: Vec<Value>,
+    /// QEMU's jobs.
+    jobs: Value,
+}
+
 /// A busy VM with a disk, and where its snapshots go.
 struct Scene {
     qemu: Qemu,
@@ -85,6 +99,27 @@ impl Scene {
         running
     }
 
+    /// A snapshot that was stopped by a signal amid the pause, and what was to be seen before it.
+    fn snapshot_stuck_in_the_pause(&mut self) -> (Running, Traces) {
+        for _ in 0..100 {
+            let before = self.traces();
+            let running = self.snapshot_at(Some("frozen"));
+            let seen_paused = || self.qemu.status().unwrap() == "paused";
+            // The pause is a matter of milliseconds: it may have been, or have ended before the signal.
+            if std::iter::repeat_with(seen_paused).take(20).any(|paused| paused) {
+                running.signal(Signal::STOP).unwrap();
+                if self.qemu.status().unwrap() == "paused" {
+                    return (running, before);
+                }
+            }
+            running.signal(Signal::CONT).unwrap();
+            running.signal(Signal::INT).unwrap();
+            running.wait().unwrap();
+            was_too_late(&self.out());
+        }
+        panic!("no pause lasted long enough to be caught");
+    }
+
     /// The guest is in the state it should be in, and its memory is nobody's any more.
     fn expect_unharmed(&mut self, status: &str) {
         expect_unharmed(&mut self.qemu, status);
@@ -98,8 +133,8 @@ impl Scene {
         assert!(!out.exists());
     }
 
-    /// What is to be seen of snapshots: files beside the disk, and QEMU's block nodes and jobs.
-    fn traces(&mut self) -> (Vec<PathBuf>, Vec<Value>, Value) {
+    /// What is to be seen of snapshots.
+    fn traces(&mut self) -> Traces {
         let entries = std::fs::read_dir(self.dir.path()).unwrap();
         let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         files.sort();
@@ -107,7 +142,7 @@ impl Scene {
         let nodes = self.qemu.qmp("query-named-block-nodes", json!({})).unwrap();
         let nodes = [&blocks[0]["inserted"]].into_iter().chain(nodes.as_array().unwrap());
         let nodes = nodes.map(|node| node["node-name"].clone()).collect();
-        (files, nodes, self.qemu.qmp("query-jobs", json!({})).unwrap())
+        Traces { files, nodes, jobs: self.qemu.qmp("query-jobs", json!({})).unwrap() }
     }
 
     /// Takes a snapshot into the place of the failed ones, which is consistent, and the guest finds all it
@@ -185,6 +220,13 @@ fn killing_livesnap_at_any_moment_leaves_the_guest_running() {
             scene.expect_no_snapshot();
         }
     }
+    for _ in 0..3 {
+        let (running, _) = scene.snapshot_stuck_in_the_pause();
+        running.signal(Signal::KILL).unwrap();
+        running.wait().unwrap();
+        scene.expect_unharmed("running");
+        scene.expect_no_snapshot();
+    }
     // The overlays of killed snapshots stay in the chain, and the next one goes on top of it.
     scene.expect_next_works();
 }
@@ -218,4 +260,277 @@ fn interrupting_livesnap_at_any_moment_leaves_no_trace() {
         }
     }
     scene.expect_next_works();
+}
+
+#[test]
+fn a_livesnap_that_hangs_in_the_pause_fails_and_the_guest_goes_on() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let (hanging, before) = scene.snapshot_stuck_in_the_pause();
+    poll_until("the guard continues the guest", PAUSE, || {
+        Ok((scene.qemu.status()? == "running").then_some(()))
+    })
+    .unwrap();
+    hanging.signal(Signal::CONT).unwrap();
+    let ended = hanging.wait().unwrap();
+    ended.expect_failure(1, "pause_too_long", &["2s"]).unwrap();
+    scene.expect_unharmed("running");
+    scene.expect_no_snapshot();
+    assert_eq!(scene.traces(), before);
+    scene.expect_next_works();
+}
+
+/// Boots a busy VM without a disk.
+fn boot(builder: &Builder) -> Qemu {
+    let mut qemu = builder.start().unwrap();
+    qemu.wait_ready(BOOT).unwrap();
+    qemu
+}
+
+/// Runs a snapshot into `out`, doing `harm` at the beginning of `phase` while livesnap stands still.
+fn snapshot_with(qemu: &mut Qemu, out: &Path, phase: &str, harm: impl FnOnce(&mut Qemu)) -> Ended {
+    let mut running = Running::start(snapshot_command(qemu, out, &[]).unwrap()).unwrap();
+    running.reach(phase).unwrap();
+    running.signal(Signal::STOP).unwrap();
+    harm(qemu);
+    running.signal(Signal::CONT).unwrap();
+    running.wait().unwrap()
+}
+
+/// There is no snapshot at `out`, and nothing beside it that was made for it.
+fn expect_nothing_at(out: &Path) {
+    assert!(!out.exists());
+    let entries = std::fs::read_dir(out.parent().unwrap()).unwrap();
+    let left: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.contains("livesnap"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_destination_that_fails_fails_the_snapshot_and_the_next_one_works() {
+    if !is_root_or_skip("mounting file systems").unwrap() {
+        return;
+    }
+    let mut qemu = boot(&Qemu::builder());
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+
+    let tmpfs = Mount::tmpfs(&dir.path().join("tmpfs"), "size=600M").unwrap();
+    let out = tmpfs.path().join("snapshot");
+    let full = |_: &mut Qemu| tmpfs.remount("size=4M").unwrap();
+    let ended = snapshot_with(&mut qemu, &out, "arming", full);
+    ended.expect_failure(1, "no_space", &["No space left", "free space"]).unwrap();
+    expect_unharmed(&mut qemu, "running");
+    expect_nothing_at(&out);
+    tmpfs.remount("size=600M").unwrap();
+    snapshot(&qemu, &out, &[]).unwrap();
+
+    // Through a real file system and O_DIRECT.
+    let image = dir.path().join("image");
+    let ext4 = Mount::ext4(&dir.path().join("ext4"), &image, 700).unwrap();
+    let out = ext4.path().join("snapshot");
+    let filler = ext4.path().join("filler");
+    let ended = snapshot_with(&mut qemu, &out, "arming", |_| ext4.fill(&filler).unwrap());
+    ended.expect_failure(1, "no_space", &["No space left"]).unwrap();
+    expect_unharmed(&mut qemu, "running");
+    expect_nothing_at(&out);
+    std::fs::remove_file(&filler).unwrap();
+    snapshot(&qemu, &out, &[]).unwrap();
+    ext4.remount("ro").unwrap();
+    let command = snapshot_command(&qemu, &ext4.path().join("other"), &[]).unwrap();
+    let ended = Running::start(command).unwrap().wait().unwrap();
+    ended.expect_failure(3, "bad_destination", &["read-only"]).unwrap();
+    drop(ext4);
+
+    // A disk that loses most of its blocks.
+    let image = dir.path().join("broken-image");
+    let broken = Mount::ext4(&dir.path().join("broken"), &image, 700).unwrap();
+    let out = broken.path().join("snapshot");
+    let cut_off = |_: &mut Qemu| broken.cut_off(&image, 40).unwrap();
+    let ended = snapshot_with(&mut qemu, &out, "arming", cut_off);
+    ended.expect_failure(1, "io", &["Input/output error", "mend the disk"]).unwrap();
+    expect_unharmed(&mut qemu, "running");
+    assert!(!out.exists());
+    drop(broken);
+
+    // A limit on the size of files, which by default ends a process by SIGXFSZ.
+    let out = dir.path().join("snapshot");
+    let limited = limit_file_size(&snapshot_command(&qemu, &out, &[]).unwrap());
+    let ended = Running::start(limited).unwrap().wait().unwrap();
+    ended.expect_failure(3, "io", &["File too large"]).unwrap();
+    expect_unharmed(&mut qemu, "running");
+    expect_nothing_at(&out);
+    qemu.wait_laps(1, BOOT).unwrap();
+}
+
+/// `command` with a limit of 16 MiB for each file.
+fn limit_file_size(command: &Command) -> Command {
+    let mut limited = Command::new("prlimit");
+    limited.args(["--fsize=16777216", "--"]).arg(command.get_program()).args(command.get_args());
+    limited
+}
+
+#[test]
+fn a_guest_that_its_owner_paused_stays_paused() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let builder = Qemu::builder();
+    let mut qemu = boot(&builder);
+    qemu.qmp("stop", json!({})).unwrap();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let out = dir.path().join("snapshot");
+    for signal in [Signal::KILL, Signal::TERM] {
+        for phase in ["arming", "frozen", "copying"] {
+            let ended = {
+                let command = snapshot_command(&qemu, &out, &[]).unwrap();
+                let mut running = Running::start(command).unwrap();
+                running.reach(phase).unwrap();
+                running.signal(signal).unwrap();
+                running.wait().unwrap()
+            };
+            assert!(!ended.status.success(), "{phase}: {}", ended.log);
+            expect_unharmed(&mut qemu, "paused");
+            assert!(!out.exists());
+        }
+    }
+    snapshot(&qemu, &out, &[]).unwrap();
+    expect_unharmed(&mut qemu, "paused");
+    assert_eq!(qemu.take_pauses().unwrap(), []);
+    drop(qemu);
+
+    let mut copy = builder.incoming().start().unwrap();
+    copy.load_mapped_ram(&out.join("ram.mapped-ram")).unwrap();
+    assert_eq!(copy.status().unwrap(), "paused");
+    copy.qmp("cont", json!({})).unwrap();
+    copy.wait_laps(1, BOOT).unwrap();
+}
+
+#[test]
+fn the_end_of_qemu_ends_the_snapshot() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let out = dir.path().join("snapshot");
+    for phase in ["arming", "frozen", "copying"] {
+        // All its memory exists from the start, so that there is something to save before it has booted.
+        let mut qemu = Qemu::builder().arguments(["-overcommit", "mem-lock=on"]).start().unwrap();
+        let ended = snapshot_with(&mut qemu, &out, phase, |qemu| {
+            qemu.signal(Signal::KILL).unwrap();
+            qemu.wait_exit(PAUSE).unwrap();
+        });
+        ended.expect_failure(1, "vmm_died", &[" has ended"]).unwrap();
+        expect_nothing_at(&out);
+    }
+}
+
+#[test]
+fn a_qemu_that_hangs_fails_the_snapshot_and_runs_when_it_is_back() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let (stuck, _) = scene.snapshot_stuck_in_the_pause();
+    scene.qemu.signal(Signal::STOP).unwrap();
+    stuck.signal(Signal::CONT).unwrap();
+    let ended = stuck.wait().unwrap();
+    ended.expect_failure(1, "vmm_unreachable", &["did not answer"]).unwrap();
+    scene.expect_no_snapshot();
+    // What livesnap and its guard have sent by then is enough.
+    scene.qemu.signal(Signal::CONT).unwrap();
+    scene.expect_unharmed("running");
+    scene.expect_next_works();
+}
+
+#[test]
+fn answers_that_are_lost_or_garbled_fail_the_snapshot_and_the_guest_goes_on() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let mut qemu = boot(&Qemu::builder());
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let out = dir.path().join("snapshot");
+    let garbage = || Answer::Other(b"{]\r\n".to_vec());
+    type Trouble = Box<dyn Fn() -> Answer + Send>;
+    let cases: [(&str, Trouble, i32, &str); 5] = [
+        ("query-version", Box::new(garbage), 3, "is not QMP"),
+        ("getfd", Box::new(garbage), 3, "is not QMP"),
+        ("getfd", Box::new(|| Answer::Close), 3, "closed"),
+        ("stop", Box::new(garbage), 1, "is not QMP"),
+        ("xen-save-devices-state", Box::new(|| Answer::Nothing), 1, "did not answer"),
+    ];
+    for (command, trouble, code, words) in cases {
+        let spoil = move |name: &str, answer| {
+            if name == command { trouble() } else { Answer::Other(answer) }
+        };
+        let proxy = QmpProxy::start(&qemu, spoil).unwrap();
+        let told = proxy.snapshot_command(&out).unwrap();
+        let ended = Running::start(told).unwrap().wait().unwrap();
+        ended.expect_failure(code, "vmm_unreachable", &[words, command]).unwrap();
+        expect_unharmed(&mut qemu, "running");
+        expect_nothing_at(&out);
+    }
+    snapshot(&qemu, &out, &[]).unwrap();
+    qemu.wait_laps(1, BOOT).unwrap();
+}
+
+#[test]
+fn pages_given_to_the_balloon_fail_the_snapshot() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let balloon = ["-device", "virtio-balloon-pci,id=balloon"];
+    let mut qemu = boot(&Qemu::builder().memory_mib(768).arguments(balloon));
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let out = dir.path().join("snapshot");
+    // Slow enough to go on until RAM is being saved.
+    qemu.qmp("balloon", json!({"value": 128 << 20})).unwrap();
+    let ended = Running::start(snapshot_command(&qemu, &out, &[]).unwrap()).unwrap();
+    let ended = ended.wait().unwrap();
+    ended.expect_failure(1, "pages_discarded", &["balloon"]).unwrap();
+    expect_unharmed(&mut qemu, "running");
+    expect_nothing_at(&out);
+    let settle = |qemu: &mut Qemu, bytes: u64| {
+        qemu.qmp("balloon", json!({"value": bytes})).unwrap();
+        poll_until("the balloon has its size", BOOT, || {
+            let actual = qemu.qmp("query-balloon", json!({}))?["actual"].as_u64();
+            Ok((actual == Some(bytes)).then_some(()))
+        })
+        .unwrap();
+    };
+    // One that is left alone does no harm, whatever its size.
+    settle(&mut qemu, 512 << 20);
+    snapshot(&qemu, &out, &[]).unwrap();
+    check_files(&out.join("ram.mapped-ram"), None).unwrap();
+    qemu.wait_laps(1, BOOT).unwrap();
+}
+
+#[test]
+fn a_guest_that_reboots_amid_the_snapshot_boots() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let mut qemu = boot(&Qemu::builder());
+    qemu.qmp("set-action", json!({"reboot": "reset"})).unwrap();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let out = dir.path().join("snapshot");
+    let running = {
+        let mut running = Running::start(snapshot_command(&qemu, &out, &[]).unwrap()).unwrap();
+        running.reach("copying").unwrap();
+        running
+    };
+    qemu.qmp("system_reset", json!({})).unwrap();
+    let ended = running.wait().unwrap();
+    // The consistency point lies before the reboot, so it is no reason to fail.
+    assert!(ended.status.success(), "{}", ended.log);
+    check_files(&out.join("ram.mapped-ram"), None).unwrap();
+    poll_until("the guest has booted again", BOOT, || {
+        Ok((qemu.console()?.text().matches("LS ready").count() == 2).then_some(()))
+    })
+    .unwrap();
+    expect_unharmed(&mut qemu, "running");
 }
