@@ -19,18 +19,26 @@ struct Taken {
     source: Qemu,
     dir: tempfile::TempDir,
     before: Heartbeat,
+    has_disks: bool,
 }
 
 impl Taken {
     fn new(format: Format) -> Self {
+        Self::with(format, true, &[])
+    }
+
+    /// The guest has a disk, and writes it if `has_disks`.
+    fn with(format: Format, has_disks: bool, options: &[&str]) -> Self {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let disk = Disk::create(dir.path().join("disk"), format, 32).unwrap();
-        let load = Load { disk: true, ..Load::default() };
+        let load = Load { disk: has_disks, ..Load::default() };
         let mut source = Qemu::builder().vcpus(2).disk(disk).load(load).start().unwrap();
         source.wait_ready(BOOT).unwrap();
-        let before = source.wait_heartbeat(BOOT, |beat| beat.laps >= 1 && beat.disk > 10).unwrap();
-        livesnap::snapshot(&source, &dir.path().join("snapshot"), &[]).unwrap();
-        Self { source, dir, before }
+        let before = source
+            .wait_heartbeat(BOOT, |beat| beat.laps >= 1 && (!has_disks || beat.disk > 10))
+            .unwrap();
+        livesnap::snapshot(&source, &dir.path().join("snapshot"), options).unwrap();
+        Self { source, dir, before, has_disks }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -52,8 +60,10 @@ impl Taken {
             running.check_alive()?;
             let bytes = fs::read(self.path(console)).unwrap_or_default();
             let beat = Console::new(&bytes).heartbeats().pop();
-            let is_further =
-                |beat: &Heartbeat| beat.disk > self.before.disk && beat.laps > self.before.laps + 2;
+            let is_further = |beat: &Heartbeat| {
+                beat.laps > self.before.laps + 2
+                    && (beat.disk > self.before.disk || !self.has_disks)
+            };
             Ok(beat.filter(|beat| beat.inconsistent > 0 || is_further(beat)))
         })
         .unwrap();
@@ -160,6 +170,30 @@ fn a_snapshot_is_restored_again_by_the_printed_commands() {
     taken.expect_progress(&mut running, "second.console");
     drop(running);
     taken.expect_sound();
+}
+
+#[test]
+fn a_snapshot_without_disks_gets_them_from_the_caller() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let taken = Taken::with(Format::Raw, false, &["--no-disks"]);
+    for (options, expected) in [
+        (&["--exec"][..], "give --without-disks"),
+        (&["--exec", "--without-disks"], "is writable but no disk of the snapshot"),
+    ] {
+        let output = taken.restore(options, "console").output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(expected), "{text}");
+    }
+    let copy = taken.path("copy");
+    fs::copy(taken.path("disk"), &copy).unwrap();
+    let mut command = taken.restore(&["--exec", "--without-disks"], "console");
+    let replacement = format!("driver=file,node-name=file0,filename={}", copy.display());
+    command.args(["-blockdev", &replacement]);
+    let mut running = Running::start(command, taken.path("messages"));
+    taken.expect_progress(&mut running, "console");
 }
 
 #[test]

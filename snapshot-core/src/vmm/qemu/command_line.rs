@@ -159,12 +159,11 @@ pub fn rewrite(
     let (program, arguments) = machine.command_line.split_first().ok_or(CommandLineError::None)?;
     let arguments = parse(arguments);
     check_size(machine, &arguments, block_bytes)?;
-    let replaced = parse(appended).iter().filter_map(Argument::name).collect();
     let mut rewriter = Rewriter {
         machine,
         disks,
         overlay_dir,
-        replaced,
+        given: parse(appended),
         read_only_nodes: read_only_files(&arguments),
         private_nodes: private_files(machine, disks, &arguments),
         used_nodes: HashSet::new(),
@@ -174,8 +173,9 @@ pub fn rewrite(
         rewriter.argument(argument)?;
     }
     rewriter.finish(&arguments)?;
-    rewriter.out.command.extend(appended.iter().cloned());
-    Ok(rewriter.out)
+    let Rewriter { mut out, given, .. } = rewriter;
+    out.command.extend(given.into_iter().flat_map(Argument::words));
+    Ok(out)
 }
 
 /// An option with its value; no option for a bare image name.
@@ -195,6 +195,11 @@ impl Argument {
         let keys = Keys::parse(self.value());
         let name = keys.get("id").or_else(|| keys.get("node-name"))?;
         Some((self.option.clone(), name.into()))
+    }
+
+    /// As it stands on a command line.
+    fn words(self) -> impl Iterator<Item = String> {
+        std::iter::once(format!("-{}", self.option)).chain(self.value)
     }
 
     fn refused(&self, problem: impl Into<String>, remedy: &'static str) -> CommandLineError {
@@ -357,8 +362,8 @@ struct Rewriter<'a> {
     machine: &'a MachineDescription,
     disks: &'a [Disk],
     overlay_dir: &'a Path,
-    /// Option and name of what the caller gives anew.
-    replaced: HashSet<(String, String)>,
+    /// What the caller gives and has not taken the place of a recorded argument.
+    given: Vec<Argument>,
     read_only_nodes: HashSet<String>,
     private_nodes: HashSet<String>,
     /// Those of `private_nodes` that a format node stands on.
@@ -370,7 +375,13 @@ impl Rewriter<'_> {
     fn argument(&mut self, argument: &Argument) -> Result<(), CommandLineError> {
         let option = argument.option.as_str();
         let value = argument.value();
-        if let Some(name) = argument.name().filter(|name| self.replaced.contains(name)) {
+        if let Some(name) = argument.name()
+            && let Some(at) =
+                self.given.iter().position(|given| given.name().as_ref() == Some(&name))
+        {
+            // In the same place, for QEMU wants what is referred to first.
+            let given = self.given.remove(at);
+            self.out.command.extend(given.words());
             self.change(format!("-{option} {}: replaced", name.1));
             return Ok(());
         }
@@ -404,10 +415,7 @@ impl Rewriter<'_> {
             "object" => self.object(argument),
             "drive" => self.drive(argument)?,
             "blockdev" => self.blockdev(argument)?,
-            _ => {
-                self.out.command.push(format!("-{option}"));
-                self.out.command.extend(argument.value.clone());
-            }
+            _ => self.out.command.extend(argument.clone().words()),
         }
         Ok(())
     }
@@ -800,12 +808,12 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_argument_of_the_same_name_replaces() {
-        let out =
-            try_rewrite("-netdev tap,id=n -device e1000,netdev=n", "-netdev user,id=n").unwrap();
+    fn the_callers_argument_of_the_same_name_takes_the_place() {
+        let line = "-netdev tap,id=n -device e1000,netdev=n";
+        let out = try_rewrite(line, "-vnc :2 -netdev user,id=n").unwrap();
         let command = out.command.join(" ");
-        assert!(!command.contains("tap") && command.ends_with("-netdev user,id=n"), "{command}");
-        assert!(command.contains("-device e1000,netdev=n"), "{command}");
+        let expected = "-netdev user,id=n -device e1000,netdev=n -machine pc-q35-10.0 -vnc :2";
+        assert!(!command.contains("tap") && command.ends_with(expected), "{command}");
     }
 
     #[test]
