@@ -159,13 +159,17 @@ pub fn rewrite(
     let (program, arguments) = machine.command_line.split_first().ok_or(CommandLineError::None)?;
     let arguments = parse(arguments);
     check_size(machine, &arguments, block_bytes)?;
+    let given = parse(appended);
+    let names: Vec<_> = given.iter().filter_map(Argument::name).collect();
+    let is_kept = |argument: &&Argument| argument.name().is_none_or(|name| !names.contains(&name));
+    let kept: Vec<_> = arguments.iter().filter(is_kept).cloned().collect();
     let mut rewriter = Rewriter {
         machine,
         disks,
         overlay_dir,
-        given: parse(appended),
+        given,
         read_only_nodes: read_only_files(&arguments),
-        private_nodes: private_files(machine, disks, &arguments),
+        private_nodes: private_files(machine, disks, &kept),
         used_nodes: HashSet::new(),
         out: Rewritten { command: vec![program.clone()], overlays: vec![], changes: vec![] },
     };
@@ -814,6 +818,12 @@ mod tests {
         let command = out.command.join(" ");
         let expected = "-netdev user,id=n -device e1000,netdev=n -machine pc-q35-10.0 -vnc :2";
         assert!(!command.contains("tap") && command.ends_with(expected), "{command}");
+        // An image of the caller's own is no overlay.
+        let file = "-blockdev driver=file,node-name=f,filename=/mine";
+        let format = "-blockdev driver=raw,node-name=d,file=f";
+        let line = format!("{} {format}", file.replace("/mine", "disk,,1.raw"));
+        let command = try_rewrite(&line, file).unwrap().command.join(" ");
+        assert!(command.ends_with(&format!("{file} {format} -machine pc-q35-10.0")), "{command}");
     }
 
     #[test]
