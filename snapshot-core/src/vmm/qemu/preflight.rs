@@ -230,7 +230,7 @@ fn encryption(qmp: &mut Qmp, limit: Duration) -> Result<Option<Refusal>, QmpErro
     }))
 }
 
-/// Devices through which guest pages are given back to the host.
+/// Devices that give guest pages back to the host, or have them written to past their protection.
 fn memory_devices(qmp: &mut Qmp, limit: Duration) -> Result<Vec<Refusal>, QmpError> {
     let mut refusals = Vec::new();
     for container in DEVICE_CONTAINERS {
@@ -262,6 +262,11 @@ fn memory_devices(qmp: &mut Qmp, limit: Duration) -> Result<Vec<Refusal>, QmpErr
             } else if kind.starts_with("child<vfio-") {
                 let what = format!("the device {path} is assigned by VFIO");
                 refusals.push(Refusal::new(Reason::Vfio, what, "unplug it during the snapshot"));
+            } else if kind.starts_with("child<vhost-user-") {
+                // Its back end maps guest RAM only when a driver starts it, which may be amid the snapshot.
+                let what = format!("the vhost-user device {path} is served by another process");
+                let remedy = "unplug it during the snapshot";
+                refusals.push(Refusal::new(Reason::SharedMemory, what, remedy));
             }
         }
     }
