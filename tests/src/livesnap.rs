@@ -130,7 +130,7 @@ impl Running {
             pipe.read_to_end(&mut stdout).context("cannot read what livesnap printed")?;
         }
         // The guard may live a little longer and keep the pipe open: what livesnap logged is there by then.
-        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(200)) {
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(2)) {
             self.log.push_str(&line);
             self.log.push('\n');
         }
