@@ -504,7 +504,8 @@ fn pages_given_to_the_balloon_fail_the_snapshot() {
     };
     // One that is left alone does no harm, whatever its size.
     settle(&mut qemu, 512 << 20);
-    snapshot(&qemu, &out, &[]).unwrap();
+    // QEMU tells of changes at most once a second, of the last one late.
+    poll_until("a snapshot is taken", PAUSE, || Ok(snapshot(&qemu, &out, &[]).ok())).unwrap();
     check_files(&out.join("ram.mapped-ram"), None).unwrap();
     qemu.wait_laps(1, BOOT).unwrap();
 }
