@@ -25,14 +25,16 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use livesnap_tests::interrupt;
 use livesnap_tests::qemu::{Load, Qemu, Ram};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::measure::{Run, Tool};
 
 /// MiB that the guest rewrites over and over.
 const RING_MIB: u32 = 256;
-/// RAM of the guest beyond what its program writes: kernel, initramfs, page tables.
+/// RAM of the guest beyond what its program writes: kernel and initramfs, and for each of so many MiB another for
+/// `struct page` and page tables.
 const OVERHEAD_MIB: u32 = 256;
+const OVERHEAD_SHARE: u32 = 32;
 /// Pages a second of a worker that is not to keep its CPU busy.
 const PACED_RATE: u32 = 5_000;
 /// Size of the guest with such a worker, in MiB.
@@ -61,16 +63,19 @@ struct Args {
     /// Snapshots by each tool of each guest [default: 5, and 3 from 4 GiB on]
     #[arg(long)]
     runs: Option<u32>,
-    /// Where to write all figures as JSON
+    /// Where to write all figures as JSON, after each guest
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Measure nothing: take the figures from what --json has written
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "sizes", "runs", "json"])]
+    from: Option<PathBuf>,
     /// Put table, chart and figures into docs/performance.* below the current directory
     #[arg(long)]
     update_docs: bool,
 }
 
 /// What guest RAM is made of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 enum Kind {
     /// Private memory in transparent huge pages, where the host has them: QEMU's default.
@@ -112,7 +117,7 @@ impl std::fmt::Display for Kind {
 }
 
 /// One guest and all that was measured on it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Case {
     populated_mib: u32,
     kind: Kind,
@@ -122,7 +127,7 @@ struct Case {
 }
 
 /// All figures, and what they were measured on.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Figures {
     command: String,
     date: String,
@@ -142,13 +147,33 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    let figures = match &args.from {
+        Some(path) => {
+            let text = fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            serde_json::from_str(&text)
+                .with_context(|| format!("{} holds no figures", path.display()))?
+        }
+        None => measure_all(args)?,
+    };
+    let tables = report::tables(&figures);
+    println!("{tables}");
+    if args.update_docs {
+        let page = Path::new("docs/performance.md");
+        let text =
+            fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
+        write(page, &report::replace_tables(&text, &tables)?)?;
+        write(&page.with_extension("svg"), &chart::draw(&figures.cases))?;
+        write_json(&page.with_extension("json"), &figures)?;
+    }
+    Ok(())
+}
+
+fn measure_all(args: &Args) -> Result<Figures> {
     interrupt::watch()?;
+    let words = ["cargo xtask bench".to_owned()].into_iter().chain(std::env::args().skip(1));
     let mut figures = Figures {
-        command: ["cargo xtask bench".to_owned()]
-            .into_iter()
-            .chain(std::env::args().skip(1))
-            .collect::<Vec<_>>()
-            .join(" "),
+        command: words.collect::<Vec<_>>().join(" "),
         date: said_by("date", &["--utc", "+%Y-%m-%d %H:%M UTC"])?,
         host: host()?,
         qemu: said_by("qemu-system-x86_64", &["--version"])?,
@@ -156,25 +181,14 @@ fn run(args: &Args) -> Result<()> {
     };
     for case in plan(args) {
         figures.cases.push(measure_case(case, args)?);
+        if let Some(path) = &args.json {
+            write_json(path, &figures)?;
+        }
     }
-    let tables = report::tables(&figures);
-    println!("{tables}");
-    let json = serde_json::to_string_pretty(&figures).context("cannot make JSON")? + "\n";
-    if let Some(path) = &args.json {
-        write(path, &json)?;
-    }
-    if args.update_docs {
-        let page = Path::new("docs/performance.md");
-        let text =
-            fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
-        write(page, &report::replace_tables(&text, &tables)?)?;
-        write(&page.with_extension("svg"), &chart::draw(&figures.cases))?;
-        write(&page.with_extension("json"), &json)?;
-    }
-    Ok(())
+    Ok(figures)
 }
 
-/// The guests to measure, small ones first, the paced ones last.
+/// The guests to measure, small ones first; those of the middle size once more, paced.
 fn plan(args: &Args) -> Vec<Case> {
     let sizes = match (&args.sizes[..], args.quick) {
         ([], true) => &[512, 2_048][..],
@@ -184,7 +198,8 @@ fn plan(args: &Args) -> Vec<Case> {
     let case = |populated_mib, kind, paced| Case { populated_mib, kind, paced, runs: Vec::new() };
     let full =
         sizes.iter().flat_map(|&size| args.ram.iter().map(move |&kind| case(size, kind, false)));
-    let paced = args.ram.iter().map(|&kind| case(PACED_MIB, kind, true));
+    let is_paced = sizes.contains(&PACED_MIB);
+    let paced = args.ram.iter().filter(|_| is_paced).map(|&kind| case(PACED_MIB, kind, true));
     full.chain(paced).collect()
 }
 
@@ -207,7 +222,7 @@ fn measure_case(mut case: Case, args: &Args) -> Result<Case> {
     };
     // One vCPU more than workers: else the guest's own scheduling would hide what stalls them.
     let mut guest = Qemu::builder()
-        .memory_mib(case.populated_mib + OVERHEAD_MIB)
+        .memory_mib(case.populated_mib + OVERHEAD_MIB + case.populated_mib / OVERHEAD_SHARE)
         .ram(case.kind.ram())
         .vcpus(load.workers + 1)
         .load(load)
@@ -249,6 +264,10 @@ fn said_by(program: &str, arguments: &[&str]) -> Result<String> {
         .with_context(|| format!("cannot run {program}"))?;
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text.lines().next().with_context(|| format!("{program} says nothing"))?.to_owned())
+}
+
+fn write_json(path: &Path, figures: &Figures) -> Result<()> {
+    write(path, &(serde_json::to_string_pretty(figures).context("cannot make JSON")? + "\n"))
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use livesnap_tests::console::Heartbeat;
 use livesnap_tests::qemu::Qemu;
 use livesnap_tests::{livesnap, poll_until};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// Time over which the guest's usual rate is measured.
@@ -20,7 +20,7 @@ const BEFORE: Duration = Duration::from_secs(2);
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Who takes the snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tool {
     /// The product.
@@ -30,7 +30,7 @@ pub enum Tool {
 }
 
 /// What one snapshot took.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Run {
     pub tool: Tool,
     /// All pauses, by QEMU's events.
