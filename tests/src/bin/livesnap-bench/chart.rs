@@ -87,14 +87,15 @@ impl Panel {
         }
         for (tool, _, colour) in TOOLS {
             for kind in Kind::ALL {
-                let points: Vec<String> = cases
-                    .iter()
-                    .filter(|case| case.kind == kind)
-                    .map(|case| {
-                        let value = median(case, tool, self.figure);
-                        format!("{:.1},{:.1}", x(case.populated_mib), y(value))
-                    })
-                    .collect();
+                let mut points = Vec::new();
+                for case in cases.iter().filter(|case| case.kind == kind) {
+                    let (x, y) = (x(case.populated_mib), y(median(case, tool, self.figure)));
+                    points.push(format!("{x:.1},{y:.1}"));
+                    let _ = writeln!(
+                        svg,
+                        "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{colour}\"/>"
+                    );
+                }
                 let _ = writeln!(
                     svg,
                     "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\" stroke-dasharray=\"{}\"/>",

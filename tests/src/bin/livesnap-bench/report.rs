@@ -78,8 +78,8 @@ pub fn replace_tables(text: &str, tables: &str) -> Result<String> {
 
 fn times(cases: &[&Case]) -> String {
     let mut text = "\
-| written RAM | made of | downtime, ms | QEMU's | times less | total, s | QEMU's | times less |
-| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| written RAM | made of | snapshots each | downtime, ms | QEMU's | times less | total, s | QEMU's | times less |
+| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 "
     .to_owned();
     for case in cases {
@@ -90,9 +90,10 @@ fn times(cases: &[&Case]) -> String {
         let [total, their_total] = both(|run| run.total_s);
         let _ = writeln!(
             text,
-            "| {} | {} | {down:.1} | {their_down:.1} | {:.1} | {total:.2} | {their_total:.2} | {:.1} |",
+            "| {} | {} | {} | {down:.1} | {their_down:.1} | {:.1} | {total:.2} | {their_total:.2} | {:.1} |",
             size(case.populated_mib),
             case.kind.words(),
+            case.runs.iter().filter(|run| run.tool == Tool::Livesnap).count(),
             their_down / down,
             their_total / total
         );
@@ -102,7 +103,7 @@ fn times(cases: &[&Case]) -> String {
 
 fn parts(cases: &[&Case]) -> String {
     let mut text = "\
-| written RAM | made of | in the pause, ms: stop | device state | protect | resume | then, s: arming (before) | copying | committing |
+| written RAM | made of | around the pause, ms: stop | device state | protect | resume | the rest, s: arming | copying | committing |
 | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 "
     .to_owned();
@@ -151,6 +152,9 @@ fn guest_view(full: &[&Case], paced: &[&Case]) -> String {
             own("/service/p99_ns") * 1e3,
             own("/service/max_ns")
         );
+    }
+    if paced.is_empty() {
+        return text;
     }
     let _ = write!(
         text,
