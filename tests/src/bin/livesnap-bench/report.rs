@@ -59,8 +59,11 @@ pub fn tables(figures: &Figures) -> String {
     let Figures { command, date, host, qemu, cases } = figures;
     let full: Vec<&Case> = cases.iter().filter(|case| !case.paced).collect();
     let paced: Vec<&Case> = cases.iter().filter(|case| case.paced).collect();
+    let loads = cases.iter().flat_map(|case| &case.runs).map(|run| run.load_average);
+    let (least, most) = loads
+        .fold((f64::INFINITY, 0.0_f64), |(least, most), load| (least.min(load), most.max(load)));
     format!(
-        "{BEGIN}`{command}`, {date}; {host}; {qemu}, TCG.\n\n### Downtime and total time\n\n{}\n### Where livesnap's time goes\n\n{}\n\
+        "{BEGIN}`{command}`, {date}; {host}; {qemu}, TCG. Load average of the host before each snapshot: {least:.1} to {most:.1}, of which the guest makes 1 to 2.\n\n### Downtime and total time\n\n{}\n### Where livesnap's time goes\n\n{}\n\
          ### What the guest notices\n\n{}\n### Targets\n\n{}{END}",
         times(&full),
         parts(&full),
