@@ -200,15 +200,19 @@ impl Buffer {
                     self.count_use(in_use + 1);
                     return Ok(Some(extent));
                 }
-                match Extent::new() {
-                    Ok(extent) => {
-                        pool.allocated += 1;
-                        self.count_use(in_use + 1);
-                        return Ok(Some(extent));
-                    }
-                    // The host is short of memory: make do with what there is.
-                    Err(_) if in_use > 0 => {}
-                    Err(error) => return Err(error),
+                // Clearing memory takes long: not under the lock, for which a fault may be waiting.
+                pool.allocated += 1;
+                self.count_use(in_use + 1);
+                drop(pool);
+                let error = match Extent::new() {
+                    Ok(extent) => return Ok(Some(extent)),
+                    Err(error) => error,
+                };
+                pool = self.lock();
+                pool.allocated -= 1;
+                // The host is short of memory: make do with what is in use and will come back.
+                if in_use == 0 {
+                    return Err(error);
                 }
             }
             pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);

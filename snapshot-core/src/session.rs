@@ -442,7 +442,7 @@ impl Session<'_> {
         let storage_name = storage.name();
         let (frozen, stored, times) = std::thread::scope(|scope| {
             let threads = Threads::start(scope, engine, &stop, &mut *storage, plan)?;
-            self.arm(engine)?;
+            self.arm(vmm, engine)?;
             let armed = Instant::now();
             let frozen = self.freeze(vmm, engine)?;
             let consistent = Instant::now();
@@ -476,13 +476,15 @@ impl Session<'_> {
     }
 
     /// Protects RAM while the guest runs, until little is left for the pause.
-    fn arm(&mut self, engine: &Engine) -> Result<(), Cause> {
+    fn arm(&mut self, vmm: &mut dyn Vmm, engine: &Engine) -> Result<(), Cause> {
         self.enter(Phase::Arming, Some(engine));
         if !self.options.is_protecting() {
-            return Ok(());
+            return Ok(vmm.prepare_pause()?);
         }
         let protect = |source| protect_failed(engine, source);
         arm::protect_all(&engine.ram).map_err(protect)?;
+        // Before the rounds: meanwhile the guest writes.
+        vmm.prepare_pause()?;
         let mut rounds = Rounds::default();
         loop {
             self.give_up_if_cancelled()?;

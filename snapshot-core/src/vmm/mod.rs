@@ -23,6 +23,7 @@ use crate::ram::RamLayout;
 ///
 /// ```text
 /// describe, ram_layout, userfaultfd × n, prepare_disks      guest running
+/// prepare_pause                                             guest running, RAM protected
 /// pause, device_state, switch_disks, resume                 the pause
 /// check × n                                                 guest running, RAM being copied
 /// finish(outcome)                                           always the last call
@@ -55,6 +56,14 @@ pub trait Vmm: Send {
     /// # Errors
     /// If a disk cannot take part.
     fn prepare_disks(&mut self) -> Result<(), VmmError>;
+
+    /// Does, while the guest still runs, what would otherwise make the pause longer, such as flushing disks.
+    ///
+    /// # Errors
+    /// If the virtual machine is not what it was when it was described.
+    fn prepare_pause(&mut self) -> Result<(), VmmError> {
+        Ok(())
+    }
 
     /// Stops all virtual CPUs and device emulation, drains disk I/O, and tells what was found.
     ///

@@ -13,7 +13,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -53,30 +53,50 @@ pub enum DeviceStateError {
     },
 }
 
-/// Saves the device state of the stopped virtual machine; returns the sections alone.
-///
-/// # Errors
-/// If QEMU refuses or writes something unknown.
-pub fn save(qmp: &mut Qmp, limit: Duration) -> Result<Vec<u8>, DeviceStateError> {
-    let memory =
-        memfd_create("livesnap-device-state", MemfdFlags::CLOEXEC).map_err(io::Error::from)?;
-    // QEMU looks for a descriptor of the set whose access mode is exactly the one it wants.
-    let write_only =
-        OpenOptions::new().write(true).open(format!("/proc/self/fd/{}", memory.as_raw_fd()))?;
-    let added = qmp.execute_with_fd("add-fd", json!({}), write_only.as_fd(), limit)?;
-    let set = added["fdset-id"].as_u64().ok_or_else(|| QmpError::lacks("add-fd", "fdset-id"))?;
-    let arguments = json!({"filename": format!("/dev/fdset/{set}"), "live": false});
-    let saved = qmp.execute("xen-save-devices-state", arguments, limit);
-    let removed = qmp.execute("remove-fd", json!({"fdset-id": set}), limit);
-    saved?;
-    // The set is QEMU's to clean up when we disconnect, should it not go now.
-    if let Err(error) = removed {
-        tracing::debug!(%error, "the device state's descriptor stays in QEMU until disconnection");
+/// A place for the device state, made before the pause: a memfd that QEMU knows as a descriptor set.
+#[derive(Debug)]
+pub struct Slot {
+    set: u64,
+    memory: OwnedFd,
+}
+
+impl Slot {
+    /// Makes the place.
+    ///
+    /// # Errors
+    /// If QEMU refuses or memory is short.
+    pub fn open(qmp: &mut Qmp, limit: Duration) -> Result<Self, DeviceStateError> {
+        let memory =
+            memfd_create("livesnap-device-state", MemfdFlags::CLOEXEC).map_err(io::Error::from)?;
+        // QEMU looks for a descriptor of the set whose access mode is exactly the one it wants.
+        let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        let write_only = OpenOptions::new().write(true).open(path)?;
+        let added = qmp.execute_with_fd("add-fd", json!({}), write_only.as_fd(), limit)?;
+        let set =
+            added["fdset-id"].as_u64().ok_or_else(|| QmpError::lacks("add-fd", "fdset-id"))?;
+        Ok(Self { set, memory })
     }
-    let mut state = Vec::new();
-    // The writer had an offset of its own: this one is still at the beginning.
-    File::from(memory).take(STATE_BYTES_MAX).read_to_end(&mut state)?;
-    sections(state)
+
+    /// Saves the device state of the paused virtual machine and returns its sections.
+    ///
+    /// # Errors
+    /// If QEMU refuses, or what it wrote is not framed as it should be.
+    pub fn save(&self, qmp: &mut Qmp, limit: Duration) -> Result<Vec<u8>, DeviceStateError> {
+        let filename = format!("/dev/fdset/{}", self.set);
+        let arguments = json!({"filename": filename, "live": false});
+        qmp.execute("xen-save-devices-state", arguments, limit)?;
+        let mut state = Vec::new();
+        // The writer had an offset of its own: this one is still at the beginning.
+        File::from(self.memory.try_clone()?).take(STATE_BYTES_MAX).read_to_end(&mut state)?;
+        sections(state)
+    }
+
+    /// Takes the descriptor from QEMU. The set is QEMU's to clean up when we disconnect, should it not go now.
+    pub fn close(self, qmp: &mut Qmp, limit: Duration) {
+        if let Err(error) = qmp.execute("remove-fd", json!({"fdset-id": self.set}), limit) {
+            tracing::debug!(%error, "the device state's descriptor stays in QEMU until disconnection");
+        }
+    }
 }
 
 /// Checks the frame and takes it off.

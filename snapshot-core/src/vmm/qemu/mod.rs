@@ -24,7 +24,7 @@ use rustix::event::PollFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
-use self::device_state::DeviceStateError;
+use self::device_state::{DeviceStateError, Slot};
 use self::disks::{DiskError, Disks};
 use self::preflight::{Refusal, Survey};
 use self::qmp::{Event, Qmp, QmpError};
@@ -235,6 +235,7 @@ pub struct QemuVmm {
     machine: MachineDescription,
     layout: RamLayout,
     disks: Disks,
+    state_slot: Option<Slot>,
     pause: Option<Pause>,
 }
 
@@ -304,7 +305,17 @@ impl QemuVmm {
         guard.watch(qmp.socket())?;
         let disks = Disks::new(survey.disks, &options);
         let (machine, layout) = (survey.machine, survey.layout);
-        Ok(Self { options, qmp, process, guard, machine, layout, disks, pause: None })
+        Ok(Self {
+            options,
+            qmp,
+            process,
+            guard,
+            machine,
+            layout,
+            disks,
+            state_slot: None,
+            pause: None,
+        })
     }
 
     /// Runs a command that belongs to no pause.
@@ -349,14 +360,25 @@ impl QemuVmm {
             .to_owned())
     }
 
-    fn begin_pause(&mut self) -> Result<RunState, QemuError> {
+    fn shorten_pause(&mut self) -> Result<(), QemuError> {
         let limit = self.options.command_timeout;
-        let known = &self.layout;
-        if ram_blocks::query(&mut self.qmp, limit)?.blocks() != known.blocks() {
+        if ram_blocks::query(&mut self.qmp, limit)?.blocks() != self.layout.blocks() {
             return Err(QemuError::RamChanged);
         }
+        self.state_slot = Some(Slot::open(&mut self.qmp, limit)?);
         // What `stop` need not flush any more does not count for the pause.
         self.disks.flush();
+        Ok(())
+    }
+
+    fn close_state_slot(&mut self) {
+        if let Some(slot) = self.state_slot.take() {
+            slot.close(&mut self.qmp, self.options.command_timeout);
+        }
+    }
+
+    fn begin_pause(&mut self) -> Result<RunState, QemuError> {
+        let limit = self.options.command_timeout;
         let status = self.status(limit)?;
         let found = preflight::run_state(&status).ok_or(QemuError::RunState {
             status,
@@ -381,17 +403,18 @@ impl QemuVmm {
     fn stop(&mut self) -> Result<(), QemuError> {
         let limit = self.pause_left()?;
         self.qmp.execute("stop", json!({}), limit)?;
-        self.expect_paused("after stop")
+        Ok(())
     }
 
-    fn expect_paused(&mut self, when: &'static str) -> Result<(), QemuError> {
+    /// What was saved is of one instant only if nobody else continued it meanwhile.
+    fn expect_paused(&mut self) -> Result<(), QemuError> {
         let limit = self.pause_left()?;
         let status = self.status(limit)?;
         if preflight::run_state(&status) == Some(RunState::Paused) {
             return Ok(());
         }
         let remedy = "another program stops and continues it; let only one at a time";
-        Err(QemuError::RunState { status, when, remedy })
+        Err(QemuError::RunState { status, when: "at the end of the pause", remedy })
     }
 
     /// What is left of the pause; an error when nothing is.
@@ -413,7 +436,7 @@ impl QemuVmm {
             self.pause = None;
             return Ok(());
         }
-        let still_paused = self.expect_paused("at the end of the pause");
+        let still_paused = self.expect_paused();
         // Whatever else went wrong: this is the command that counts. Should it fail, the guard is armed.
         self.execute("cont", json!({}))?;
         self.pause = None;
@@ -429,6 +452,7 @@ impl QemuVmm {
     }
 
     fn look(&mut self) -> Result<(), QemuError> {
+        self.close_state_slot();
         let died = || QemuError::Died { pid: self.process.number() };
         if self.process.ends_within(Duration::ZERO) {
             return Err(died());
@@ -470,13 +494,24 @@ impl Vmm for QemuVmm {
         Ok(self.disks.prepare(&mut self.qmp).map_err(QemuError::from)?)
     }
 
+    fn prepare_pause(&mut self) -> Result<(), VmmError> {
+        Ok(self.shorten_pause()?)
+    }
+
     fn pause(&mut self) -> Result<RunState, VmmError> {
         Ok(self.begin_pause()?)
     }
 
     fn device_state(&mut self) -> Result<DeviceState, VmmError> {
         let limit = self.pause_left()?;
-        let sections = device_state::save(&mut self.qmp, limit).map_err(QemuError::from)?;
+        let slot = match self.state_slot.take() {
+            Some(slot) => slot,
+            None => Slot::open(&mut self.qmp, limit).map_err(QemuError::from)?,
+        };
+        let saved = slot.save(&mut self.qmp, limit).map_err(QemuError::from);
+        // Taken from QEMU when the guest runs again.
+        self.state_slot = Some(slot);
+        let sections = saved?;
         Ok(DeviceState::QemuSections(sections))
     }
 
@@ -496,6 +531,7 @@ impl Vmm for QemuVmm {
     fn finish(&mut self, outcome: Outcome) -> Result<(), VmmError> {
         // Should the session have gone wrong before it resumed.
         let resumed = self.end_pause();
+        self.close_state_slot();
         self.disks.finish(&mut self.qmp, outcome).map_err(QemuError::from)?;
         Ok(resumed?)
     }
