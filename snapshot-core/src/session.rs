@@ -730,7 +730,8 @@ impl<'scope, 'env> Threads<'scope, 'env> {
 
 impl Drop for Threads<'_, '_> {
     fn drop(&mut self) {
-        if self.writer.is_some() {
+        // Nothing is left after `let_go`; after a failed start perhaps only some of the fault threads.
+        if self.writer.is_some() || !self.faults.is_empty() {
             self.engine.release();
             self.end_faults();
         }
