@@ -12,8 +12,10 @@ const END: &str = "<!-- end -->";
 
 /// Median of what `figure` tells of each run by `tool`; NaN if there is none.
 pub fn median(case: &Case, tool: Tool, figure: impl Fn(&Run) -> f64) -> f64 {
-    let mut values: Vec<f64> =
-        case.runs.iter().filter(|run| run.tool == tool).map(figure).collect();
+    middle(case.runs.iter().filter(|run| run.tool == tool).map(figure).collect())
+}
+
+fn middle(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     match values.len() {
         0 => f64::NAN,
@@ -169,13 +171,13 @@ A worker that writes {PACED_RATE} pages a second, so that it is not its own CPU 
 "
     );
     for case in paced {
-        let before = case.runs.iter().map(|run| run.gap_before_ms).collect::<Vec<_>>();
+        let before = case.runs.iter().map(|run| run.gap_before_ms).collect();
         let _ = writeln!(
             text,
             "| {} | {} | {:.1} | {:.1} | {:.1} |",
             size(case.populated_mib),
             case.kind.words(),
-            before.iter().copied().fold(f64::NAN, f64::max),
+            middle(before),
             median(case, Tool::Livesnap, |run| run.gap_ms),
             median(case, Tool::Qemu, |run| run.gap_ms)
         );
@@ -228,6 +230,12 @@ mod tests {
         let new = format!("{BEGIN}new\n{END}");
         assert_eq!(replace_tables(&page, &new).unwrap(), format!("before\n{new}\nafter\n"));
         assert!(replace_tables("no markers", &new).is_err());
+    }
+
+    #[test]
+    fn the_middle_of_an_even_number_is_between_two() {
+        assert_eq!((middle(vec![3.0, 1.0, 2.0]), middle(vec![4.0, 1.0])), (2.0, 2.5));
+        assert!(middle(Vec::new()).is_nan());
     }
 
     #[test]
