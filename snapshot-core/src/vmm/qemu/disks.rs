@@ -65,15 +65,17 @@ pub enum DiskError {
     },
     /// An overlay could not be merged back: the guest needs it.
     #[error(
-        "the guest runs on, with {overlay} upon {image}, which must both be kept: {source}: merge them by QMP block-commit with device {node:?}, then job-complete"
+        "the guest runs on, with {overlay} upon {image}, which must both be kept: {source}: merge them by QMP block-commit with device {node:?} and base-node {base:?}, then job-complete"
     )]
     Merge {
         /// The overlay in use.
         overlay: PathBuf,
         /// The image under it.
         image: PathBuf,
-        /// Its node.
+        /// The overlay's node.
         node: String,
+        /// The image's node. QEMU would merge into the lowest image of the chain if none were given.
+        base: String,
         /// Why.
         source: Box<Self>,
     },
@@ -399,6 +401,7 @@ impl Overlay {
             overlay: self.disk.overlay.clone(),
             image: self.disk.image.clone(),
             node: self.node.clone(),
+            base: self.disk.node.clone(),
             source: Box::new(source),
         })
     }
