@@ -4,6 +4,29 @@
 //! state and the disks are taken and the remainder of RAM is protected; from then on a guest's first
 //! write to a page waits until the page's old content has been copied out, and a background sweep
 //! saves everything else. See `ARCHITECTURE.md` for the map of this crate and its invariants.
+//!
+//! A stock QEMU is reached through its QMP socket:
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
+//! use snapshot_core::{Cancel, Options, snapshot};
+//!
+//! let mut vmm = QemuVmm::attach(QemuOptions::new("/run/vm1/qmp.sock".into()))?;
+//! let directory = Path::new("/backup/vm1");
+//! let mut observe = |progress: &_| eprintln!("{progress:?}");
+//! let report =
+//!     snapshot(&mut vmm, directory, &Options::default(), &Cancel::default(), &mut observe)?;
+//! eprintln!("the guest stood still for {} ns", report.downtime.total_ns);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The program that does so must also be able to run as the guard ([`vmm::guard::main`]), by default when it is called with the
+//! one argument `guard`.
+//!
+//! Any other virtual machine monitor implements [`Vmm`](vmm::Vmm); `examples/own_memory.rs` does so for a process that
+//! snapshots its own memory, and runs without any virtual machine. [`image::Snapshot`] opens and checks what was taken.
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
