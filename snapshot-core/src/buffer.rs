@@ -19,6 +19,10 @@ pub const EXTENT_BYTES: usize = HUGE_BYTES;
 
 const _: () = assert!(EXTENT_BYTES as u64 == CHUNK_PAGES_MAX * PAGE_BYTES);
 
+/// Extents in use up to which the sweep takes more: enough to keep the disk busy. More would bring nothing
+/// sooner to the disk, but cost clearing memory and leave less for faults.
+const SWEEP_EXTENTS_MAX: usize = 3 * crate::storage::DEPTH as usize;
+
 /// Extents set aside for faults when the buffer is at its smallest.
 const RESERVE_MIN: usize = 2;
 
@@ -191,11 +195,14 @@ impl Buffer {
                 return Ok(None);
             }
             let in_use = pool.allocated - pool.free.len();
-            let reserve = match purpose {
-                Purpose::Fault => 0,
-                Purpose::Sweep => (pool.limit / 4).max(RESERVE_MIN),
+            let bound = match purpose {
+                Purpose::Fault => pool.limit,
+                Purpose::Sweep => {
+                    let reserve = (pool.limit / 4).max(RESERVE_MIN);
+                    pool.limit.saturating_sub(reserve).min(SWEEP_EXTENTS_MAX)
+                }
             };
-            if in_use + reserve < pool.limit {
+            if in_use < bound {
                 if let Some(extent) = pool.free.pop() {
                     self.count_use(in_use + 1);
                     return Ok(Some(extent));
