@@ -107,6 +107,8 @@ struct Pool {
     /// Extents that exist, free or not.
     allocated: usize,
     limit: usize,
+    /// Free extents that the sweep does not take.
+    ready_for_faults: usize,
     /// Filled, for the writer.
     queue: VecDeque<Extent>,
     closed: bool,
@@ -126,19 +128,20 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// A buffer of at most `limit_bytes`, of which `warm_bytes` are made ready at once.
+    /// A buffer of at most `limit_bytes`, of which `ready_bytes` are made at once and kept ready for faults.
     ///
     /// # Errors
-    /// When there is no memory for the warm part.
-    pub fn new(limit_bytes: u64, warm_bytes: u64) -> io::Result<Self> {
+    /// When there is no memory for that part.
+    pub fn new(limit_bytes: u64, ready_bytes: u64) -> io::Result<Self> {
         let extents = |bytes: u64| as_index(bytes) / EXTENT_BYTES;
         let limit = extents(limit_bytes);
-        let warm = extents(warm_bytes).min(limit);
-        let free = (0..warm).map(|_| Extent::new()).collect::<io::Result<Vec<_>>>()?;
+        let ready = extents(ready_bytes).min(limit / 2);
+        let free = (0..ready).map(|_| Extent::new()).collect::<io::Result<Vec<_>>>()?;
         let pool = Pool {
             free,
-            allocated: warm,
+            allocated: ready,
             limit,
+            ready_for_faults: ready,
             queue: VecDeque::with_capacity(limit),
             closed: false,
         };
@@ -203,11 +206,20 @@ impl Buffer {
                 }
             };
             if in_use < bound {
-                if let Some(extent) = pool.free.pop() {
+                // The sweep has time to make its own: what is ready is left to faults.
+                let spared = match purpose {
+                    Purpose::Fault => 0,
+                    Purpose::Sweep if pool.allocated < pool.limit => pool.ready_for_faults,
+                    Purpose::Sweep => 0,
+                };
+                if pool.free.len() > spared
+                    && let Some(extent) = pool.free.pop()
+                {
                     self.count_use(in_use + 1);
                     return Ok(Some(extent));
                 }
-                // Clearing memory takes long: not under the lock, for which a fault may be waiting.
+                // Making one takes the kernel up to milliseconds: not under the lock, for which a fault may be
+                // waiting.
                 pool.allocated += 1;
                 self.count_use(in_use + 1);
                 drop(pool);
@@ -322,6 +334,15 @@ mod tests {
             assert!(sweep.join().unwrap().is_some());
         });
         assert_eq!(buffer.used_bytes_max(), 8 * EXTENT);
+    }
+
+    #[test]
+    fn the_sweep_leaves_faults_what_is_ready() {
+        let buffer = Buffer::new(16 * EXTENT, 2 * EXTENT).unwrap();
+        let _swept = buffer.take(Purpose::Sweep).unwrap().unwrap();
+        assert_eq!(buffer.lock().free.len(), 2);
+        let _fault = buffer.take(Purpose::Fault).unwrap().unwrap();
+        assert_eq!(buffer.lock().free.len(), 1);
     }
 
     #[test]

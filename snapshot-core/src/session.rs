@@ -45,9 +45,9 @@ use crate::{fault, sweep};
 /// How often progress is told and the VMM looked after, while RAM is being copied.
 const TICK: Duration = Duration::from_millis(50);
 
-/// Part of the copy buffer that is made ready before the pause, so that the first faults need not wait for
-/// the kernel to clear memory.
-const WARM_BYTES: u64 = 16 << 20;
+/// Part of the copy buffer, at most half of it, that is made before the pause and kept ready for faults, so
+/// that none waits for the kernel to find and clear memory.
+const READY_BYTES: u64 = 64 << 20;
 
 /// Least copy buffer: an extent being filled by each fault thread and the sweep, and some being written.
 pub const BUFFER_BYTES_MIN: u64 = 16 << 20;
@@ -403,7 +403,7 @@ impl Session<'_> {
             })
             .collect::<Result<Vec<_>, Cause>>()?;
         let pid = vmm.pid();
-        let buffer = Buffer::new(self.options.buffer_bytes, WARM_BYTES)
+        let buffer = Buffer::new(self.options.buffer_bytes, READY_BYTES)
             .map_err(|source| CaptureError::NoMemory { source })?;
         let pagemap = Pagemap::open(pid).map_err(system("open the page map of the VMM"))?;
         let ram = ProtectedRam::register(pid, layout, mappings, contexts)?;
