@@ -229,9 +229,14 @@ impl Buffer {
                 };
                 pool = self.lock();
                 pool.allocated -= 1;
-                // The host is short of memory: make do with what is in use and will come back.
-                if in_use == 0 {
+                self.count_use(pool.allocated - pool.free.len());
+                // The host is short of memory: make do with what is in use and will come back, or has come
+                // back meanwhile.
+                if pool.allocated == 0 {
                     return Err(error);
+                }
+                if !pool.free.is_empty() {
+                    continue;
                 }
             }
             pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
