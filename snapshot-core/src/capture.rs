@@ -214,15 +214,17 @@ impl Engine {
         }
     }
 
-    /// Ends the capture: from now on faults are only let through. The first error counts.
+    /// Ends the capture as [`release`](Self::release) does. The first error counts.
     pub fn fail(&self, error: CaptureError) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.release();
     }
 
-    /// Ends the capture without an error of the engine's own: faults are only let through.
+    /// Ends the capture without an error of the engine's own: RAM is given up, so that nobody waits for
+    /// threads that have failed, or for whoever has to notice it.
     pub fn release(&self) {
         self.failed.store(true, Ordering::Release);
+        self.ram.unregister();
         self.buffer.close();
         self.news.notify_all();
     }

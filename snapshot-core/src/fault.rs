@@ -60,7 +60,8 @@ struct Server<'a> {
     engine: &'a Engine,
     worker: Worker<'a>,
     locality: Locality,
-    /// Pages that could not be made writable because a discard was going on.
+    /// Pages that could not be made writable because a discard was going on: all saved, or else let through
+    /// before the consistency point.
     put_off: Vec<PageRun>,
     faults: Vec<HostVirtAddr>,
 }
@@ -149,8 +150,7 @@ impl Server<'_> {
         if *mode == Mode::Arming {
             let pages = if region.has_huge_pages { CHUNK_PAGES_MAX } else { LET_THROUGH_PAGES };
             let window = region.window(page, pages);
-            self.unprotect(region, window)?;
-            engine.marks.set(window);
+            self.let_through(region, window)?;
             engine.counters.arming_faults.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         }
@@ -176,7 +176,11 @@ impl Server<'_> {
         // Whoever has claimed the page makes it writable.
         let Some(run) = engine.chunks.unclaimed_around(page, window) else { return Ok(()) };
         self.locality.captured(run);
-        let Self { worker, put_off, .. } = self;
+        self.capture(region, run)
+    }
+
+    fn capture(&mut self, region: &Region, run: PageRun) -> Result<(), CaptureError> {
+        let Self { engine, worker, put_off, .. } = self;
         worker.capture(region, run, |won| unprotect_or_put_off(engine, region, won, put_off))
     }
 
@@ -184,10 +188,30 @@ impl Server<'_> {
         unprotect_or_put_off(self.engine, region, run, &mut self.put_off)
     }
 
+    /// Lets `run` through before the consistency point, and notes it.
+    fn let_through(&mut self, region: &Region, run: PageRun) -> Result<(), CaptureError> {
+        self.unprotect(region, run)?;
+        self.engine.marks.set(run);
+        Ok(())
+    }
+
+    /// Tries again what was put off: as it has to be done now, for the consistency point may have come in
+    /// between, or a round of arming have taken the mark.
     fn retry_put_off(&mut self) -> Result<(), CaptureError> {
+        let engine = self.engine;
         for run in std::mem::take(&mut self.put_off) {
-            let region = self.engine.ram.region_of(run.first);
-            self.unprotect(region, run)?;
+            let region = engine.ram.region_of(run.first);
+            let mode = engine.mode.read().unwrap_or_else(PoisonError::into_inner);
+            if *mode == Mode::Arming {
+                self.let_through(region, run)?;
+                continue;
+            }
+            drop(mode);
+            if engine.chunks.all_saved(run) || self.worker.make_room(run.count)?.is_none() {
+                self.unprotect(region, run)?;
+            } else {
+                self.capture(region, run)?;
+            }
         }
         Ok(())
     }
@@ -277,7 +301,123 @@ impl Locality {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+    use std::sync::mpsc;
+
     use super::*;
+    use crate::buffer::Buffer;
+    use crate::mappings;
+    use crate::pagemap::Pagemap;
+    use crate::protection::ProtectedRam;
+    use crate::ram::{RamBlock, RamLayout};
+    use crate::sys::memory::{HUGE_BYTES, HugeBuffer};
+    use crate::sys::uffd::{Context, Features, create_local};
+    use crate::vmm::testing::privileged;
+
+    /// An engine whose RAM is `memory`, protected.
+    fn engine_on(memory: &HugeBuffer) -> Engine {
+        let block = RamBlock {
+            id: "ram".into(),
+            hva: HostVirtAddr(memory.as_ptr().addr() as u64),
+            len_bytes: HUGE_BYTES as u64,
+            page_size_bytes: crate::address::PAGE_BYTES,
+            store_zero_pages: false,
+        };
+        let pid = rustix::process::getpid();
+        let layout = RamLayout::new(vec![block]).unwrap();
+        let mappings = mappings::covering(pid, &layout).unwrap();
+        let features = Features::of_this_kernel().unwrap();
+        let context = Context::new(create_local().unwrap(), features).unwrap();
+        let ram = ProtectedRam::register(pid, layout, &mappings, vec![context]).unwrap();
+        crate::arm::protect_all(&ram).unwrap();
+        Engine::new(pid, ram, Buffer::new(16 << 20, 0).unwrap(), Pagemap::open(pid).unwrap())
+    }
+
+    fn server(engine: &Engine) -> Server<'_> {
+        Server {
+            engine,
+            worker: Worker::new(engine, Purpose::Fault, true),
+            locality: Locality::default(),
+            put_off: Vec::new(),
+            faults: Vec::new(),
+        }
+    }
+
+    fn is_protected(engine: &Engine, page: u64) -> bool {
+        let mut entries = crate::pagemap::Entries::new();
+        let address = engine.ram.layout.address_of(PageIndex(page));
+        engine.pagemap.read(address, 1, &mut entries).unwrap();
+        entries.iter().all(crate::pagemap::Entry::is_protected)
+    }
+
+    #[test]
+    fn a_notice_that_is_read_after_ram_was_given_up_is_no_error() {
+        if !privileged() {
+            return;
+        }
+        let memory = HugeBuffer::new().unwrap();
+        let engine = engine_on(&memory);
+        *engine.mode.write().unwrap() = Mode::Capturing;
+        let mut server = server(&engine);
+        let address = engine.ram.layout.address_of(PageIndex(5));
+        server.fault(address).unwrap();
+        assert!(!is_protected(&engine, 5));
+        engine.ram.unregister();
+        server.fault(address).unwrap();
+    }
+
+    #[test]
+    fn what_was_put_off_before_the_consistency_point_is_saved_after_it() {
+        if !privileged() {
+            return;
+        }
+        let memory = HugeBuffer::new().unwrap();
+        let engine = engine_on(&memory);
+        let mut server = server(&engine);
+        let run = PageRun { first: PageIndex(64), count: 64 };
+        server.put_off.push(run);
+        *engine.mode.write().unwrap() = Mode::Capturing;
+        server.retry_put_off().unwrap();
+        assert!(engine.chunks.all_saved(run), "let through without having been saved");
+        assert!(!is_protected(&engine, 64));
+    }
+
+    #[test]
+    fn what_is_put_off_while_arming_is_noted_when_it_is_let_through() {
+        if !privileged() {
+            return;
+        }
+        let memory = HugeBuffer::new().unwrap();
+        let engine = engine_on(&memory);
+        let mut server = server(&engine);
+        server.put_off.push(PageRun { first: PageIndex(64), count: 64 });
+        server.retry_put_off().unwrap();
+        assert!(!is_protected(&engine, 64));
+        assert_eq!(crate::arm::protect_marked(&engine.ram, &engine.marks).unwrap(), 64);
+        assert!(is_protected(&engine, 64));
+    }
+
+    #[test]
+    fn nobody_waits_for_an_engine_that_has_failed() {
+        if !privileged() {
+            return;
+        }
+        let mut memory = HugeBuffer::new().unwrap();
+        let engine = engine_on(&memory);
+        let (told, done) = mpsc::channel();
+        let writer = std::thread::spawn(move || {
+            memory[0] = 1;
+            told.send(()).unwrap();
+            memory
+        });
+        let mut pending = [PollFd::new(&engine.ram.contexts[0], PollFlags::IN)];
+        poll(&mut pending, None).unwrap();
+        engine.fail(CaptureError::UnknownAddress { address: HostVirtAddr(0) });
+        let waited = done.recv_timeout(Duration::from_secs(5));
+        drop(engine);
+        writer.join().unwrap();
+        assert!(waited.is_ok(), "the writer waits although nobody serves it any more");
+    }
 
     #[test]
     fn neighbouring_faults_widen_the_capture_and_scattered_ones_narrow_it() {

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::process::Pid;
@@ -151,6 +152,8 @@ pub struct ProtectedRam {
     /// The contexts; a fault thread reads each.
     pub contexts: Vec<Context>,
     regions: Vec<Region>,
+    /// Set before the first region is given up.
+    given_up: AtomicBool,
 }
 
 impl ProtectedRam {
@@ -165,7 +168,7 @@ impl ProtectedRam {
         contexts: Vec<Context>,
     ) -> Result<Self, RegisterError> {
         let regions = divide(pid, &layout, mappings, contexts.len())?;
-        let ram = Self { layout, contexts, regions };
+        let ram = Self { layout, contexts, regions, given_up: AtomicBool::new(false) };
         for region in &ram.regions {
             let len_bytes = region.run.bytes();
             ram.contexts[region.context].register(region.hva, len_bytes).map_err(|source| {
@@ -204,14 +207,20 @@ impl ProtectedRam {
     /// Makes `run`, which lies in `region`, writable and wakes who waits for it.
     ///
     /// # Errors
-    /// As [`Context::unprotect`].
+    /// As [`Context::unprotect`]. None once RAM is given up: then it is writable anyhow.
     pub fn unprotect(&self, region: &Region, run: PageRun) -> io::Result<()> {
-        self.contexts[region.context].unprotect(region.address_of(run.first), run.bytes())
+        let context = &self.contexts[region.context];
+        match context.unprotect(region.address_of(run.first), run.bytes()) {
+            // Notices are served, and last pages made writable, while RAM is being given up.
+            Err(_) if self.given_up.load(Ordering::Acquire) => Ok(()),
+            result => result,
+        }
     }
 
     /// Gives all of RAM up: no page is protected any more, nobody waits. Goes on past errors, for closing
     /// the contexts does the rest.
     pub fn unregister(&self) {
+        self.given_up.store(true, Ordering::Release);
         for region in &self.regions {
             let context = &self.contexts[region.context];
             if let Err(error) = context.unregister(region.hva, region.run.bytes()) {

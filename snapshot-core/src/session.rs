@@ -585,7 +585,11 @@ impl Session<'_> {
         let writer = threads.let_go();
         engine.buffer.close();
         while !writer.is_finished() {
-            self.give_up_if_cancelled()?;
+            if self.cancel.is_cancelled() {
+                // Else the writer would first write out all that is queued.
+                engine.release();
+                return Err(Cause::Cancelled);
+            }
             self.tell(Some(engine));
             std::thread::park_timeout(TICK / 10);
         }
@@ -655,7 +659,9 @@ fn give_up_if_failed(engine: &Engine) -> Result<(), Cause> {
 
 fn protect_failed(engine: &Engine, source: io::Error) -> Cause {
     let address = engine.ram.regions()[0].hva;
-    CaptureError::Protection { operation: "write-protect", address, source }.into()
+    let error = CaptureError::Protection { operation: "write-protect", address, source };
+    // RAM that a failed thread has given up cannot be protected either: that thread tells why.
+    engine.take_failure().unwrap_or(error).into()
 }
 
 /// Resumes the guest when it goes out of scope, so that a panic does not leave it paused.

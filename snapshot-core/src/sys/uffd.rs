@@ -173,7 +173,9 @@ impl Context {
     /// `ESRCH` when the process is gone.
     pub fn unregister(&self, start: HostVirtAddr, len_bytes: u64) -> io::Result<()> {
         let (start, len) = as_range(start, len_bytes);
-        self.uffd.unregister(start, len).map_err(into_io)
+        let unregistered = self.uffd.unregister(start, len);
+        // The kernel itself wakes those who wait for missing pages only (fs/userfaultfd.c).
+        self.uffd.wake(start, len).and(unregistered).map_err(into_io)
     }
 
     /// Write-protects a registered range. Takes the target's `mmap_lock` for reading only.

@@ -5,7 +5,7 @@ mod fd_passing;
 pub mod guard;
 pub mod qemu;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use std::os::fd::OwnedFd;
 
