@@ -55,7 +55,7 @@ pub const BUFFER_BYTES_MIN: u64 = 16 << 20;
 /// What the caller may choose.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Bound of the copy buffer in bytes, at least [`BUFFER_BYTES_MIN`] and 4 MiB for each context.
+    /// Bound of the copy buffer in bytes, at least [`BUFFER_BYTES_MIN`], and 8 MiB and 4 MiB for each context.
     pub buffer_bytes: u64,
     /// Userfaultfd contexts, each with a fault thread; nothing means one for every four virtual CPUs.
     pub contexts: Option<usize>,
