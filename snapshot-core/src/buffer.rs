@@ -14,6 +14,9 @@ use crate::address::{PAGE_BYTES, PageRun, as_index};
 use crate::chunk::CHUNK_PAGES_MAX;
 use crate::sys::memory::{HUGE_BYTES, HugeBuffer};
 
+/// Room that the queue has from the start, for 16 GiB; a longer one grows.
+const QUEUE_EXTENTS: usize = 8192;
+
 /// Bytes in an extent.
 pub const EXTENT_BYTES: usize = HUGE_BYTES;
 
@@ -142,7 +145,7 @@ impl Buffer {
             allocated: ready,
             limit,
             ready_for_faults: ready,
-            queue: VecDeque::with_capacity(limit),
+            queue: VecDeque::with_capacity(limit.min(QUEUE_EXTENTS)),
             closed: false,
         };
         Ok(Self {
@@ -230,13 +233,14 @@ impl Buffer {
                 pool = self.lock();
                 pool.allocated -= 1;
                 self.count_use(pool.allocated - pool.free.len());
-                // The host is short of memory: make do with what is in use and will come back, or has come
-                // back meanwhile.
+                // The host is short of memory: make do with what is ready or has come back meanwhile, and
+                // otherwise with what is in use and will come back.
+                if let Some(extent) = pool.free.pop() {
+                    self.count_use(pool.allocated - pool.free.len());
+                    return Ok(Some(extent));
+                }
                 if pool.allocated == 0 {
                     return Err(error);
-                }
-                if !pool.free.is_empty() {
-                    continue;
                 }
             }
             pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
@@ -348,6 +352,12 @@ mod tests {
         assert_eq!(buffer.lock().free.len(), 2);
         let _fault = buffer.take(Purpose::Fault).unwrap().unwrap();
         assert_eq!(buffer.lock().free.len(), 1);
+    }
+
+    #[test]
+    fn a_bound_beyond_all_memory_costs_nothing() {
+        let buffer = Buffer::new(u64::MAX, 0).unwrap();
+        assert!(buffer.take(Purpose::Fault).unwrap().is_some());
     }
 
     #[test]
