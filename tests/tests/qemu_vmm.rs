@@ -226,6 +226,24 @@ fn a_guest_that_was_paused_stays_paused() {
 }
 
 #[test]
+fn a_guest_that_its_owner_continues_in_the_pause_fails_the_session() {
+    if !is_root_or_skip("attaching to QEMU").unwrap() {
+        return;
+    }
+    let mut qemu = Qemu::builder().start().unwrap();
+    qemu.qmp("stop", json!({})).unwrap();
+    let mut vmm = attach(&qemu);
+    assert_eq!(vmm.pause().unwrap(), RunState::Paused);
+    vmm.device_state().unwrap();
+    qemu.qmp("cont", json!({})).unwrap();
+    assert_eq!(vmm.resume().unwrap_err().reason, Reason::BadRunState);
+    vmm.resume().unwrap();
+    vmm.finish(Outcome::Failed).unwrap();
+    drop(vmm);
+    assert_eq!(qemu.status().unwrap(), "running");
+}
+
+#[test]
 fn a_pause_over_its_limit_ends_by_itself_and_fails_the_session() {
     if !is_root_or_skip("attaching to QEMU").unwrap() {
         return;

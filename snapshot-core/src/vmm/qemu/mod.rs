@@ -432,11 +432,12 @@ impl QemuVmm {
 
     fn end_pause(&mut self) -> Result<(), QemuError> {
         let Some(pause) = &self.pause else { return Ok(()) };
-        if pause.found == RunState::Paused {
-            self.pause = None;
-            return Ok(());
-        }
+        let found = pause.found;
         let still_paused = self.expect_paused();
+        if found == RunState::Paused {
+            self.pause = None;
+            return still_paused;
+        }
         // Whatever else went wrong: this is the command that counts. Should it fail, the guard is armed.
         self.execute("cont", json!({}))?;
         self.pause = None;
