@@ -74,16 +74,13 @@ impl Server<'_> {
         loop {
             let read_at = Instant::now();
             let count = self.read(context, &mut room)?;
-            let served = self.faults.len();
+            let mut captured = 0;
             while let Some(address) = self.faults.pop() {
-                self.fault(address)?;
-            }
-            if served > 0 {
+                captured += u32::from(self.fault(address)?);
                 idle_since = Instant::now();
-                let service = idle_since - read_at;
-                for _ in 0..served {
-                    self.engine.counters.service.record(service);
-                }
+            }
+            for _ in 0..captured {
+                self.engine.counters.service.record(idle_since - read_at);
             }
             self.retry_put_off()?;
             if count > 0 || !self.put_off.is_empty() || idle_since.elapsed() < SPIN {
@@ -137,14 +134,16 @@ impl Server<'_> {
         count.map_err(protection("read faults on", HostVirtAddr(0)))
     }
 
-    fn fault(&mut self, address: HostVirtAddr) -> Result<(), CaptureError> {
+    /// Serves one fault; true if after the consistency point, as part of the snapshot.
+    fn fault(&mut self, address: HostVirtAddr) -> Result<bool, CaptureError> {
         let engine = self.engine;
         let Some(page) = engine.ram.layout.page_at(address) else {
             return Err(CaptureError::UnknownAddress { address });
         };
         let region = engine.ram.region_of(page);
         if engine.is_released() {
-            return self.unprotect(region, region.window(page, 1));
+            self.unprotect(region, region.window(page, 1))?;
+            return Ok(false);
         }
         let mode = engine.mode.read().unwrap_or_else(PoisonError::into_inner);
         if *mode == Mode::Arming {
@@ -152,11 +151,12 @@ impl Server<'_> {
             let window = region.window(page, pages);
             self.let_through(region, window)?;
             engine.counters.arming_faults.fetch_add(1, Ordering::Relaxed);
-            return Ok(());
+            return Ok(false);
         }
         drop(mode);
         engine.counters.faults.fetch_add(1, Ordering::Relaxed);
-        self.capture_around(region, page)
+        self.capture_around(region, page)?;
+        Ok(true)
     }
 
     fn capture_around(&mut self, region: &Region, page: PageIndex) -> Result<(), CaptureError> {

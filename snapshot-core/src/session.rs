@@ -358,6 +358,7 @@ struct Frozen {
 
 /// When the stages of a session ended.
 struct Times {
+    prepared: Instant,
     armed: Instant,
     consistent: Instant,
     saved: Instant,
@@ -442,6 +443,7 @@ impl Session<'_> {
         let storage_name = storage.name();
         let (frozen, stored, times) = std::thread::scope(|scope| {
             let threads = Threads::start(scope, engine, &stop, &mut *storage, plan)?;
+            let prepared = Instant::now();
             self.arm(vmm, engine)?;
             let armed = Instant::now();
             let frozen = self.freeze(vmm, engine)?;
@@ -449,7 +451,7 @@ impl Session<'_> {
             self.copy(vmm, scope, engine)?;
             let saved = Instant::now();
             let stored = self.drain(engine, threads)?;
-            Ok::<_, Cause>((frozen, stored, Times { armed, consistent, saved }))
+            Ok::<_, Cause>((frozen, stored, Times { prepared, armed, consistent, saved }))
         })?;
         drop(storage);
         self.enter(Phase::Committing, Some(engine));
@@ -612,7 +614,7 @@ impl Session<'_> {
             },
             downtime: self.downtime,
             total_ns: 0,
-            arming_ns: nanos(times.armed - self.began),
+            arming_ns: nanos(times.armed - times.prepared),
             copying_ns: nanos(times.saved - times.consistent),
             committing_ns: 0,
             arming_rounds: self.rounds,

@@ -40,6 +40,7 @@ fn a_snapshot_under_writers_is_of_one_instant() {
         assert!(report.faults > 0, "{report:?}");
         let saved = report.captured.by_fault_bytes + report.captured.by_sweep_bytes;
         assert_eq!(saved, report.ram_bytes);
+        assert_eq!(report.service.count, report.faults, "{report:?}");
     }
 }
 
