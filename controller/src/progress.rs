@@ -66,7 +66,11 @@ pub fn summary(report: &Report) -> String {
     row(
         "downtime",
         format!(
-            "{} (pause {}, device state {}, protection {}, disks {}, resume {})",
+            "{}{} (pause {}, device state {}, protection {}, disks {}, resume {})",
+            down.stood_still_ns.map_or(String::new(), |ns| format!(
+                "{} by the VMM's clock; with asking and answering ",
+                nanos(ns)
+            )),
             nanos(down.total_ns),
             nanos(down.pause_ns),
             nanos(down.device_state_ns),

@@ -81,10 +81,12 @@ pub struct Progress {
 }
 
 /// The pause, in its parts. In nanoseconds, by the session's own clock: from before `pause` is sent until
-/// after `resume` is acknowledged, so the guest's virtual CPUs stood still for less.
+/// after `resume` is acknowledged. The guest's virtual CPUs stood still for less, on a busy host for much less.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Downtime {
-    /// All of it.
+    /// How long the virtual CPUs stood still, by the VMM's clock; nothing if it does not tell.
+    pub stood_still_ns: Option<u64>,
+    /// All of it, from asking for the pause until its end was acknowledged.
     pub total_ns: u64,
     /// Stopping virtual CPUs, draining and flushing disks.
     pub pause_ns: u64,

@@ -508,6 +508,7 @@ impl Session<'_> {
         let resuming = Instant::now();
         let resumed = pause.end();
         self.downtime.resume_ns = nanos(resuming.elapsed());
+        self.downtime.stood_still_ns = vmm.stood_still().map(nanos);
         self.downtime.total_ns = nanos(began.elapsed());
         let frozen = frozen?;
         resumed?;

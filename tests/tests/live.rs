@@ -52,6 +52,13 @@ impl Case {
         let mut source = boot(&builder, disk.is_some());
         let told = livesnap::snapshot(&source, &snapshot, &[]).unwrap();
         assert_eq!(source.status().unwrap(), "running");
+        // By QEMU's clock it stood still, and for less than the whole exchange took.
+        let downtime = &told["report"]["downtime"];
+        let stood_still = downtime["stood_still_ns"].as_u64().unwrap();
+        assert!(
+            0 < stood_still && stood_still < downtime["total_ns"].as_u64().unwrap(),
+            "{told:#}"
+        );
         let verified = livesnap::command(["verify"]).unwrap().arg(&snapshot).output().unwrap();
         assert!(verified.status.success(), "{verified:?}");
 

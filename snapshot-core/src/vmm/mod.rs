@@ -8,6 +8,7 @@ pub mod qemu;
 pub(crate) mod testing;
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +93,12 @@ pub trait Vmm: Send {
     /// # Errors
     /// If the VMM does not answer or refuses.
     fn resume(&mut self) -> Result<(), VmmError>;
+
+    /// How long the virtual CPUs stood still in the pause that [`resume`](Vmm::resume) has just ended, by the VMM's own
+    /// clock, where it tells.
+    fn stood_still(&self) -> Option<Duration> {
+        None
+    }
 
     /// Looks, without waiting, for what would spoil the snapshot while RAM is being copied: the
     /// process ended, pages given to a balloon, and so on.

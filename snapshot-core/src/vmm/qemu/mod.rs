@@ -452,6 +452,14 @@ impl QemuVmm {
         }
     }
 
+    /// From QEMU's last STOP to the RESUME that followed it, both of which came before the answer to `cont`.
+    fn last_pause(&self) -> Option<Duration> {
+        let mut events = self.qmp.pending_events().rev();
+        let resumed = events.find(|event| event.name == "RESUME")?.time()?;
+        let stopped = events.find(|event| event.name == "STOP")?.time()?;
+        resumed.checked_sub(stopped)
+    }
+
     fn look(&mut self) -> Result<(), QemuError> {
         self.close_state_slot();
         let died = || QemuError::Died { pid: self.process.number() };
@@ -523,6 +531,10 @@ impl Vmm for QemuVmm {
 
     fn resume(&mut self) -> Result<(), VmmError> {
         Ok(self.end_pause()?)
+    }
+
+    fn stood_still(&self) -> Option<Duration> {
+        self.last_pause()
     }
 
     fn check(&mut self) -> Result<(), VmmError> {

@@ -127,6 +127,27 @@ pub struct Event {
     /// Its details.
     #[serde(default)]
     pub data: Value,
+    #[serde(default)]
+    timestamp: Timestamp,
+}
+
+/// QEMU's own clock; negative where it could not be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+struct Timestamp {
+    #[serde(default)]
+    seconds: i64,
+    #[serde(default)]
+    microseconds: i64,
+}
+
+impl Event {
+    /// When it happened, since 1970 by QEMU's clock; nothing where QEMU could not tell.
+    #[must_use]
+    pub fn time(&self) -> Option<Duration> {
+        let seconds = u64::try_from(self.timestamp.seconds).ok().filter(|&seconds| seconds > 0)?;
+        let microseconds = u64::try_from(self.timestamp.microseconds).ok()?;
+        Some(Duration::from_secs(seconds) + Duration::from_micros(microseconds))
+    }
 }
 
 #[derive(Deserialize)]
@@ -299,6 +320,11 @@ impl Qmp {
     pub fn reset_reader(&mut self) -> Result<(), QmpError> {
         send(&self.socket, b"\xff\n", None).map_err(|error| failed("reset", error))?;
         Ok(())
+    }
+
+    /// The events that were read with the answers so far and are not taken yet, oldest first.
+    pub fn pending_events(&self) -> impl DoubleEndedIterator<Item = &Event> {
+        self.events.iter()
     }
 
     /// Takes the events seen so far, reading what is there without waiting.
