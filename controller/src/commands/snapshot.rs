@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use rustix::process::Pid;
 use serde_json::json;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGXFSZ};
 use snapshot_core::vmm::Vmm;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
 use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot};
@@ -23,7 +23,8 @@ Examples:
 
 The guest pauses for some milliseconds and runs on while its memory is saved. Each writable disk goes on in a
 new overlay (IMAGE.livesnap-*.qcow2); the image below it is the disk of the snapshot and must not be written to.
-If the snapshot fails, overlays are merged back. Interrupting it (Ctrl-C, SIGTERM) is safe at any time.
+If the snapshot fails, overlays are merged back. Interrupting it (Ctrl-C, SIGTERM) is safe at any time; Ctrl-Z does nothing, for the guest would
+wait with it.
 
 Exit codes:
   0    there is a snapshot
@@ -132,6 +133,8 @@ pub fn cancel_on_signal() -> Result<Cancel, Failure> {
     }
     // Caught, it leaves a file that would grow past the process's limit to the write's own error.
     handle(SIGXFSZ, Arc::default())?;
+    // Nor does Ctrl-Z stop it: a stopped livesnap serves no faults, and the guest would wait.
+    handle(SIGTSTP, Arc::default())?;
     Ok(Cancel::from(flag))
 }
 

@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -295,6 +295,7 @@ fn serve(control: &BorrowedFd<'_>) -> io::Result<()> {
     crate::sys::signals::block_all()?;
     // Refused to a group leader, which a shell may have made us; harmless then.
     let _ = rustix::process::setsid();
+    let livesnap = getppid().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
     let mut qmp: Option<Qmp> = None;
     let mut pause = Pause::Idle;
     send_packet(control, &Reply::Ready, None)?;
@@ -304,6 +305,10 @@ fn serve(control: &BorrowedFd<'_>) -> io::Result<()> {
             Pause::Idle | Pause::Fired => None,
         };
         if !wait_for(control, PollFlags::IN, deadline)? {
+            // A stopped livesnap serves no faults, and QEMU's main thread may be waiting for one.
+            if let Some(livesnap) = &livesnap {
+                let _ = pidfd_send_signal(livesnap, Signal::CONT);
+            }
             pause = fire(qmp.as_mut());
             continue;
         }
