@@ -60,6 +60,7 @@ pub struct SnapshotFacts {
 pub struct Staging {
     destination: PathBuf,
     parent: PathBuf,
+    /// Where the files are: under its own name, from the rename on under that of `destination`.
     partial: PathBuf,
     /// Open on `partial`; holds the lock.
     lock: OwnedFd,
@@ -239,16 +240,19 @@ impl Staging {
     fn publish(&mut self) -> Result<(), ImageError> {
         // rename(2) of a directory replaces an empty one and fails on everything else, in one step: what
         // appeared there since the start is never overwritten.
+        let parent = File::open(&self.parent)
+            .map_err(|error| ImageError::io("open", &self.parent, error))?;
         fs::rename(&self.partial, &self.destination).map_err(|error| match error.kind() {
             io::ErrorKind::DirectoryNotEmpty
             | io::ErrorKind::AlreadyExists
             | io::ErrorKind::NotADirectory => occupied(&self.destination),
             _ => ImageError::io("rename the finished snapshot to", &self.destination, error),
         })?;
+        // Should the last step fail, what bears the name already is no snapshot and goes with the rest.
+        self.partial.clone_from(&self.destination);
+        sync(&parent, &self.parent)?;
         self.committed = true;
-        let parent = File::open(&self.parent)
-            .map_err(|error| ImageError::io("open", &self.parent, error))?;
-        sync(&parent, &self.parent)
+        Ok(())
     }
 
     /// Removes what a killed process left in the partial directory.
