@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -10,9 +11,9 @@ use std::time::{Duration, SystemTime};
 
 use livesnap_tests::console::Console;
 use livesnap_tests::mapped_ram::MappedRam;
-use livesnap_tests::poll_until;
 use livesnap_tests::qemu::{self, Format, Load, Machine, Qemu};
 use livesnap_tests::qmp::Qmp;
+use livesnap_tests::{is_root_or_skip, poll_until};
 use serde_json::json;
 use snapshot_core::address::{HostVirtAddr, PAGE_BYTES, PageIndex};
 use snapshot_core::image::reader::Stream;
@@ -172,6 +173,86 @@ fn compare_layout(native: &Native, snapshot: &Snapshot) {
     for block in &stream.blocks {
         let bytes = |file: &File| read(file, block.header_offset, block.bitmap_offset);
         assert_eq!(bytes(&ours), bytes(&theirs));
+    }
+}
+
+/// Device sections by name and instance: `04 id name instance version body 7e id`, one behind the other.
+fn device_sections(ram_file: &Path) -> BTreeMap<(String, u32), Vec<u8>> {
+    let file = File::open(ram_file).unwrap();
+    let stream = Stream::read(&file, file.metadata().unwrap().len()).unwrap();
+    let mut bytes =
+        vec![0; usize::try_from(file.metadata().unwrap().len() - stream.devices_offset).unwrap()];
+    file.read_exact_at(&mut bytes, stream.devices_offset).unwrap();
+    let be32 = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    let mut sections = BTreeMap::new();
+    let mut at = 0;
+    while bytes[at] == 0x04 {
+        let name_end = at + 6 + usize::from(bytes[at + 5]);
+        let name = String::from_utf8(bytes[at + 6..name_end].to_vec()).unwrap();
+        let footer = [&[0x7e], &bytes[at + 1..at + 5]].concat();
+        let body = name_end + 8;
+        // Bodies do not tell their length: the next footer of this id that a section or the end follows.
+        let len = (0..)
+            .find(|len| {
+                bytes[body + len..].starts_with(&footer)
+                    && matches!(bytes[body + len + 5], 0x04 | 0x00)
+            })
+            .unwrap();
+        sections.insert((name, be32(name_end)), bytes[body..body + len].to_vec());
+        at = body + len + footer.len();
+    }
+    assert_eq!(bytes[at], 0x00, "the sections end with the end mark");
+    sections
+}
+
+/// Checksums of all pages that are not zero.
+fn pages(ram: &MappedRam) -> BTreeMap<(String, u64), u32> {
+    let mut pages = BTreeMap::new();
+    ram.for_each_page(|block, page, content| {
+        if content.iter().any(|&byte| byte != 0) {
+            pages.insert((block.name.clone(), page), crc32c::crc32c(content));
+        }
+    })
+    .unwrap();
+    pages
+}
+
+#[test]
+fn a_snapshot_of_a_stopped_guest_is_what_qemu_saves_but_for_the_clock() {
+    if !is_root_or_skip("a snapshot of another process").unwrap() {
+        return;
+    }
+    for machine in [Machine::Q35, Machine::Pc] {
+        let mut source = Qemu::builder().machine(machine).vcpus(2).start().unwrap();
+        source.wait_ready(BOOT).unwrap();
+        source.qmp("stop", json!({})).unwrap();
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+        livesnap_tests::livesnap::snapshot(&source, &ours, &[]).unwrap();
+        let ours = ours.join("ram.mapped-ram");
+        source.save_mapped_ram(&theirs).unwrap();
+
+        let (our_ram, their_ram) =
+            (MappedRam::open(&ours).unwrap(), MappedRam::open(&theirs).unwrap());
+        let place = |ram: &MappedRam| -> Vec<_> {
+            let blocks = ram.blocks.iter();
+            blocks.map(|block| (block.name.clone(), block.used_bytes, block.pages_offset)).collect()
+        };
+        assert_eq!(place(&our_ram), place(&their_ram));
+        let (our_pages, their_pages) = (pages(&our_ram), pages(&their_ram));
+        assert!(our_pages.len() > 4096, "{}", our_pages.len());
+        assert!(our_pages == their_pages, "RAM differs");
+
+        let (ours, theirs) = (device_sections(&ours), device_sections(&theirs));
+        assert!(ours.keys().eq(theirs.keys()), "{:?} {:?}", ours.keys(), theirs.keys());
+        let different: Vec<_> =
+            ours.keys().filter(|key| ours[*key] != theirs[*key]).map(|(name, _)| name).collect();
+        // The clock goes on while the guest stands still; globalstate also tells how it came to stand still.
+        assert!(
+            different.iter().all(|name| ["mc146818rtc", "globalstate"].contains(&name.as_str())),
+            "{different:?} of {}",
+            ours.len()
+        );
     }
 }
 
