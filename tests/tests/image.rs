@@ -244,6 +244,7 @@ fn a_snapshot_of_a_stopped_guest_is_what_qemu_saves_but_for_the_clock() {
         assert!(our_pages == their_pages, "RAM differs");
 
         let (ours, theirs) = (device_sections(&ours), device_sections(&theirs));
+        assert!(ours.len() >= 20, "{:?}", ours.keys());
         assert!(ours.keys().eq(theirs.keys()), "{:?} {:?}", ours.keys(), theirs.keys());
         let different: Vec<_> =
             ours.keys().filter(|key| ours[*key] != theirs[*key]).map(|(name, _)| name).collect();
