@@ -182,6 +182,29 @@ fn kind(pid: i32, map: &MemoryMap) -> Result<MappingKind, procfs::ProcError> {
 }
 
 #[cfg(test)]
+impl RamMapping {
+    /// Private anonymous memory of base pages, none of which exists yet.
+    pub(crate) const fn anonymous(start: HostVirtAddr, len_bytes: u64) -> Self {
+        Self {
+            start,
+            len_bytes,
+            kind: MappingKind::Anonymous,
+            shared: false,
+            path: None,
+            offset_bytes: 0,
+            device: (0, 0),
+            inode: 0,
+            mergeable: false,
+            has_userfaultfd: false,
+            page_size_bytes: 4096,
+            rss_bytes: 0,
+            huge_bytes: 0,
+            merged_bytes: 0,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
     use super::*;

@@ -373,22 +373,7 @@ mod tests {
             page_size_bytes: PAGE_BYTES,
             store_zero_pages: false,
         };
-        let mapping = RamMapping {
-            start: HostVirtAddr(0x7eff_ffff_f000),
-            len_bytes: 65 << 20,
-            kind: MappingKind::Anonymous,
-            shared: false,
-            path: None,
-            offset_bytes: 0,
-            device: (0, 0),
-            inode: 0,
-            mergeable: false,
-            has_userfaultfd: false,
-            page_size_bytes: PAGE_BYTES,
-            rss_bytes: 0,
-            huge_bytes: 0,
-            merged_bytes: 0,
-        };
+        let mapping = RamMapping::anonymous(HostVirtAddr(0x7eff_ffff_f000), 65 << 20);
         let layout = RamLayout::new(vec![block]).unwrap();
         let regions = divide(rustix::process::getpid(), &layout, &[mapping], 3).unwrap();
         let shape: Vec<_> = regions.iter().map(|r| (r.context, r.run.bytes() >> 20)).collect();

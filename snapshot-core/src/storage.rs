@@ -2,31 +2,22 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 
-use crate::sys::memory::HugeBuffer;
-use crate::sys::uring::WriteRing;
+use crate::sys::uring::{Write, WriteRing};
 
 /// Writes in flight at most.
 pub const DEPTH: u32 = 16;
 
 /// A place for pages at fixed offsets.
 pub trait Storage: Send {
-    /// Starts writing `range` of `memory` at `file_offset`; its completion will carry `token`.
+    /// Starts a write.
     ///
     /// # Errors
     /// The operating system's. A write's own error may also come with its completion.
-    fn submit(
-        &mut self,
-        token: u64,
-        memory: Arc<HugeBuffer>,
-        range: Range<usize>,
-        file_offset: u64,
-    ) -> io::Result<()>;
+    fn submit(&mut self, write: Write) -> io::Result<()>;
 
     /// Takes out one completed write, waiting for it if `wait`; nothing if none is in flight, or none is
     /// complete and `wait` is false.
@@ -74,14 +65,8 @@ struct RingStorage {
 }
 
 impl Storage for RingStorage {
-    fn submit(
-        &mut self,
-        token: u64,
-        memory: Arc<HugeBuffer>,
-        range: Range<usize>,
-        file_offset: u64,
-    ) -> io::Result<()> {
-        self.ring.submit(self.file.as_fd(), token, memory, range, file_offset)
+    fn submit(&mut self, write: Write) -> io::Result<()> {
+        self.ring.submit(self.file.as_fd(), write)
     }
 
     fn complete(&mut self, wait: bool) -> io::Result<Option<u64>> {
@@ -107,15 +92,9 @@ struct PlainStorage {
 }
 
 impl Storage for PlainStorage {
-    fn submit(
-        &mut self,
-        token: u64,
-        memory: Arc<HugeBuffer>,
-        range: Range<usize>,
-        file_offset: u64,
-    ) -> io::Result<()> {
-        self.file.write_all_at(&memory[range], file_offset)?;
-        self.done.push(token);
+    fn submit(&mut self, write: Write) -> io::Result<()> {
+        self.file.write_all_at(&write.memory[write.range], write.file_offset)?;
+        self.done.push(write.token);
         Ok(())
     }
 
@@ -136,6 +115,9 @@ impl Storage for PlainStorage {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
     use super::*;
+    use crate::sys::memory::HugeBuffer;
+    use std::ops::Range;
+    use std::sync::Arc;
 
     fn write_and_read_back(make: impl FnOnce(&Path) -> Box<dyn Storage>) {
         let dir = tempfile::tempdir().unwrap();
@@ -144,8 +126,12 @@ mod tests {
         let mut memory = HugeBuffer::new().unwrap();
         memory.fill(5);
         let memory = Arc::new(memory);
-        storage.submit(1, Arc::clone(&memory), 0..8192, 4096).unwrap();
-        storage.submit(2, memory, 8192..16384, 1 << 20).unwrap();
+        let mut submit = |token, range, file_offset| {
+            let memory = Arc::clone(&memory);
+            storage.submit(Write { token, memory, range, file_offset }).unwrap();
+        };
+        submit(1, 0..8192, 4096);
+        submit(2, 8192..16384, 1 << 20);
         while storage.in_flight() > 0 {
             assert!(storage.complete(true).unwrap().is_some());
         }

@@ -10,6 +10,7 @@ use crate::buffer::Extent;
 use crate::capture::{CaptureError, Counters, Engine, PanicReport};
 use crate::image::FilePlan;
 use crate::storage::{DEPTH, Storage};
+use crate::sys::uring::Write;
 
 const PAGE: usize = as_index(PAGE_BYTES);
 
@@ -131,7 +132,8 @@ impl Writer<'_> {
             while self.storage.in_flight() >= DEPTH as usize {
                 self.complete(true)?;
             }
-            self.storage.submit(token, memory.clone(), range, offset)?;
+            let memory = memory.clone();
+            self.storage.submit(Write { token, memory, range, file_offset: offset })?;
         }
         Ok(())
     }

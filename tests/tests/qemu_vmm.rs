@@ -209,16 +209,22 @@ fn a_failed_session_merges_the_disk_back() {
     }
 }
 
-#[test]
-fn a_guest_that_was_paused_stays_paused() {
-    if !is_root_or_skip("attaching to QEMU").unwrap() {
-        return;
-    }
+/// A QEMU whose owner has paused it, and a session that has its device state.
+fn in_the_pause_of_a_paused_guest() -> (Qemu, QemuVmm) {
     let mut qemu = Qemu::builder().start().unwrap();
     qemu.qmp("stop", json!({})).unwrap();
     let mut vmm = attach(&qemu);
     assert_eq!(vmm.pause().unwrap(), RunState::Paused);
     vmm.device_state().unwrap();
+    (qemu, vmm)
+}
+
+#[test]
+fn a_guest_that_was_paused_stays_paused() {
+    if !is_root_or_skip("attaching to QEMU").unwrap() {
+        return;
+    }
+    let (mut qemu, mut vmm) = in_the_pause_of_a_paused_guest();
     vmm.resume().unwrap();
     vmm.finish(Outcome::Failed).unwrap();
     drop(vmm);
@@ -230,11 +236,7 @@ fn a_guest_that_its_owner_continues_in_the_pause_fails_the_session() {
     if !is_root_or_skip("attaching to QEMU").unwrap() {
         return;
     }
-    let mut qemu = Qemu::builder().start().unwrap();
-    qemu.qmp("stop", json!({})).unwrap();
-    let mut vmm = attach(&qemu);
-    assert_eq!(vmm.pause().unwrap(), RunState::Paused);
-    vmm.device_state().unwrap();
+    let (mut qemu, mut vmm) = in_the_pause_of_a_paused_guest();
     qemu.qmp("cont", json!({})).unwrap();
     assert_eq!(vmm.resume().unwrap_err().reason, Reason::BadRunState);
     vmm.resume().unwrap();

@@ -10,18 +10,23 @@ use io_uring::{IoUring, opcode, types};
 
 use crate::sys::memory::HugeBuffer;
 
-struct Pending {
-    token: u64,
-    buffer: Arc<HugeBuffer>,
-    range: Range<usize>,
-    file_offset: u64,
+/// A write, which owns what it writes until it is complete.
+pub struct Write {
+    /// What its completion will carry.
+    pub token: u64,
+    /// Where the bytes are.
+    pub memory: Arc<HugeBuffer>,
+    /// Which of them.
+    pub range: Range<usize>,
+    /// Where in the file they go.
+    pub file_offset: u64,
 }
 
 /// A ring that writes to one file at a time.
 pub struct WriteRing {
     ring: IoUring,
     /// Operations in flight. Their buffers live here, so the kernel never writes from freed memory.
-    pending: HashMap<u64, Pending>,
+    pending: HashMap<u64, Write>,
     next_id: u64,
 }
 
@@ -41,35 +46,28 @@ impl WriteRing {
         self.pending.len()
     }
 
-    /// Starts writing `range` of `buffer` at `file_offset`; its completion will carry `token`.
+    /// Starts a write to `file`.
     ///
     /// # Errors
     /// The kernel's; `WouldBlock` when the ring is full.
-    pub fn submit(
-        &mut self,
-        file: BorrowedFd<'_>,
-        token: u64,
-        buffer: Arc<HugeBuffer>,
-        range: Range<usize>,
-        file_offset: u64,
-    ) -> io::Result<()> {
-        let bytes = &buffer[range.clone()];
+    pub fn submit(&mut self, file: BorrowedFd<'_>, write: Write) -> io::Result<()> {
+        let bytes = &write.memory[write.range.clone()];
         let len =
             u32::try_from(bytes.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let id = self.next_id;
         let entry = opcode::Write::new(types::Fd(file.as_raw_fd()), bytes.as_ptr(), len)
-            .offset(file_offset)
+            .offset(write.file_offset)
             .build()
             .user_data(id);
         {
             let mut queue = self.ring.submission();
-            // SAFETY: the entry points into `buffer`, whose mapping never moves and which `pending` keeps
+            // SAFETY: the entry points into `memory`, whose mapping never moves and which `pending` keeps
             // alive until its completion has been seen; an `Arc` gives nobody leave to write to it.
             unsafe { queue.push(&entry) }
                 .map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
         }
         self.next_id += 1;
-        self.pending.insert(id, Pending { token, buffer, range, file_offset });
+        self.pending.insert(id, write);
         match self.ring.submit() {
             // The entry stays queued; waiting for completions submits it.
             Err(error) if is_transient(&error) => Ok(()),
@@ -102,26 +100,25 @@ impl WriteRing {
                 }
                 continue;
             };
-            let Some(Pending { token, buffer, range, file_offset }) =
-                self.pending.remove(&entry.user_data())
-            else {
+            let Some(mut write) = self.pending.remove(&entry.user_data()) else {
                 continue;
             };
             let written = match usize::try_from(entry.result()) {
-                Ok(0) if !range.is_empty() => {
-                    return Ok(Some((token, Err(io::ErrorKind::WriteZero.into()))));
+                Ok(0) if !write.range.is_empty() => {
+                    return Ok(Some((write.token, Err(io::ErrorKind::WriteZero.into()))));
                 }
                 Ok(written) => written,
                 Err(_) => {
                     let error = io::Error::from_raw_os_error(-entry.result());
-                    return Ok(Some((token, Err(error))));
+                    return Ok(Some((write.token, Err(error))));
                 }
             };
-            if written >= range.len() {
-                return Ok(Some((token, Ok(()))));
+            if written >= write.range.len() {
+                return Ok(Some((write.token, Ok(()))));
             }
-            let rest = range.start + written..range.end;
-            self.submit(file, token, buffer, rest, file_offset + written as u64)?;
+            write.range.start += written;
+            write.file_offset += written as u64;
+            self.submit(file, write)?;
         }
     }
 }

@@ -36,9 +36,8 @@ use super::{DeviceState, DiskSnapshot, MachineDescription, Outcome, RunState, Vm
 use crate::Reason;
 use crate::mappings::MappingError;
 use crate::ram::RamLayout;
+use crate::sys::uffd::DEVICE;
 
-/// Path of the device that hands out userfaultfds (Linux 6.1).
-const DEV_USERFAULTFD: &str = "/dev/userfaultfd";
 /// Name under which QEMU keeps our descriptor of it, for a moment.
 const FD_NAME: &str = "livesnap-userfaultfd";
 /// A dying QEMU's monitor closes so long before the process has ended, at most.
@@ -126,7 +125,7 @@ pub enum QemuError {
     },
     /// /dev/userfaultfd cannot be opened.
     #[error(
-        "cannot open {DEV_USERFAULTFD}: {source}: Linux 6.1 or later and root, or access to it, are needed"
+        "cannot open {DEVICE}: {source}: Linux 6.1 or later and root, or access to it, are needed"
     )]
     NoUserfaultfd {
         /// Errno.
@@ -327,7 +326,7 @@ impl QemuVmm {
         let device = OpenOptions::new()
             .read(true)
             .write(true)
-            .open(DEV_USERFAULTFD)
+            .open(DEVICE)
             .map_err(|source| QemuError::NoUserfaultfd { source })?;
         let limit = self.options.command_timeout;
         self.qmp.execute_with_fd("getfd", json!({"fdname": FD_NAME}), device.as_fd(), limit)?;

@@ -16,15 +16,15 @@ use std::time::Duration;
 use procfs::process::{MMPermissions, MemoryMaps, Process, all_processes};
 use rustix::process::Pid;
 use serde_json::{Value, json};
-use userfaultfd::{FeatureFlags, UffdBuilder};
 
 use super::disks::{self, Found};
 use super::qmp::{Qmp, QmpError};
-use super::{DEV_USERFAULTFD, QemuError, QemuOptions, QemuProcess, ram_blocks};
-use crate::Reason;
+use super::{QemuError, QemuOptions, QemuProcess, ram_blocks};
 use crate::mappings::{self, MappingKind, RamMapping};
 use crate::ram::RamLayout;
+use crate::sys::uffd::DEVICE;
 use crate::vmm::{MachineDescription, RunState};
+use crate::{Reason, host};
 
 /// First major version that loads mapped-ram files.
 const QEMU_MAJOR_MIN: u64 = 9;
@@ -33,8 +33,6 @@ pub(super) const RUN_STATE_REMEDY: &str = "snapshot it while it runs or is pause
 /// Containers of devices in QEMU's object tree.
 const DEVICE_CONTAINERS: [&str; 3] =
     ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
-/// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` (linux/userfaultfd.h), for shared memory and huge pages; Linux 5.19.
-const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 
 /// One thing that forbids a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -125,22 +123,18 @@ pub(super) fn survey(
 }
 
 fn kernel(mappings: &[RamMapping]) -> Option<Refusal> {
-    if !Path::new(DEV_USERFAULTFD).exists() {
-        let what = format!("this host has no {DEV_USERFAULTFD}");
+    if !Path::new(DEVICE).exists() {
+        let what = format!("this host has no {DEVICE}");
         return Some(Refusal::new(Reason::KernelUnfit, what, "use Linux 6.1 or later"));
     }
-    let mut needed = FeatureFlags::PAGEFAULT_FLAG_WP;
-    if mappings.iter().any(|mapping| mapping.kind != MappingKind::Anonymous) {
-        needed |= FeatureFlags::from_bits_retain(WP_HUGETLBFS_SHMEM);
-    }
-    match UffdBuilder::new().require_features(needed).create() {
-        Err(userfaultfd::Error::SystemError(errno)) if errno as i32 == libc::EINVAL => {
-            let what = "the kernel cannot write-protect this kind of RAM by userfaultfd";
-            Some(Refusal::new(Reason::KernelUnfit, what, "use Linux 6.1 or later on x86-64"))
-        }
-        // Other errors are a matter of privilege.
-        _ => None,
-    }
+    // An error is a matter of privilege.
+    let offered = host::userfaultfd().ok()?;
+    let is_shared = mappings.iter().any(|mapping| mapping.kind != MappingKind::Anonymous);
+    let is_fit = offered.protects && (offered.protects_shared || !is_shared);
+    (!is_fit).then(|| {
+        let what = "the kernel cannot write-protect this kind of RAM by userfaultfd";
+        Refusal::new(Reason::KernelUnfit, what, "use Linux 6.1 or later on x86-64")
+    })
 }
 
 fn privilege(process: &QemuProcess) -> Vec<Refusal> {
@@ -154,7 +148,7 @@ fn privilege(process: &QemuProcess) -> Vec<Refusal> {
             refusals.push(Refusal::new(Reason::MissingPrivilege, what, remedy));
         }
     };
-    check(DEV_USERFAULTFD, "protect guest RAM");
+    check(DEVICE, "protect guest RAM");
     // The kernel asks for the same as when tracing the process: ptrace(2), PTRACE_MODE_ATTACH.
     check(&format!("/proc/{}/mem", process.number()), "attach to QEMU");
     let status = Process::new(process.number()).and_then(|process| process.status());
@@ -395,22 +389,7 @@ mod tests {
     use procfs::FromBufRead;
 
     fn mapping() -> RamMapping {
-        RamMapping {
-            start: HostVirtAddr(0x1000),
-            len_bytes: 4096,
-            kind: MappingKind::Anonymous,
-            shared: false,
-            path: None,
-            offset_bytes: 0,
-            device: (0, 0),
-            inode: 0,
-            mergeable: false,
-            has_userfaultfd: false,
-            page_size_bytes: 4096,
-            rss_bytes: 4096,
-            huge_bytes: 0,
-            merged_bytes: 0,
-        }
+        RamMapping::anonymous(HostVirtAddr(0x1000), 4096)
     }
 
     fn reasons(refusals: impl IntoIterator<Item = Refusal>) -> Vec<Reason> {
