@@ -1,14 +1,14 @@
 //! `livesnap inspect`: what is in a snapshot.
 
-use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
 use snapshot_core::image::{Manifest, Snapshot};
 use snapshot_core::vmm::RunState;
 
+use super::ReadArgs;
 use crate::{Failure, output};
 
-const EXAMPLES: &str = "\
+pub const EXAMPLES: &str = "\
 Examples:
   livesnap inspect /backup/vm1
   livesnap inspect --json /backup/vm1 | jq .machine.machine_type
@@ -20,19 +20,8 @@ Exit codes:
 /// From here on RFC 3339 has no notation, and formatting panics.
 const YEAR_10000_UNIX_MS: u64 = 253_402_300_800_000;
 
-/// Show what is in a snapshot
-#[derive(clap::Args)]
-#[command(after_help = EXAMPLES)]
-pub struct Args {
-    /// Directory of the snapshot
-    dir: PathBuf,
-    /// Show the whole manifest as JSON
-    #[arg(long)]
-    json: bool,
-}
-
 /// Runs the command.
-pub fn run(args: Args) -> Result<(), Failure> {
+pub fn run(args: &ReadArgs) -> Result<(), Failure> {
     let snapshot = Snapshot::open(&args.dir)?;
     let manifest = snapshot.manifest();
     if args.json {

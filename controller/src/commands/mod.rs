@@ -9,9 +9,20 @@ mod restore;
 mod snapshot;
 mod verify;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::Failure;
+
+/// What the commands that only read a snapshot are given.
+#[derive(clap::Args)]
+pub struct ReadArgs {
+    /// Directory of the snapshot
+    dir: PathBuf,
+    /// Report as JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
 
 /// What livesnap shall do.
 #[derive(clap::Subcommand)]
@@ -20,8 +31,12 @@ pub enum Command {
     Doctor(doctor::Args),
     Snapshot(snapshot::Args),
     Restore(restore::Args),
-    Verify(verify::Args),
-    Inspect(inspect::Args),
+    /// Check a snapshot's checksums and structure, and that its disk images are unchanged
+    #[command(after_help = verify::EXAMPLES)]
+    Verify(ReadArgs),
+    /// Show what is in a snapshot; with --json the whole manifest
+    #[command(after_help = inspect::EXAMPLES)]
+    Inspect(ReadArgs),
     Completions(completions::Args),
     /// Watch over a pause for another livesnap process
     #[command(hide = true)]
@@ -42,8 +57,8 @@ impl Command {
             Self::Doctor(args) => doctor::run(args),
             Self::Snapshot(args) => snapshot::run(args),
             Self::Restore(args) => restore::run(args),
-            Self::Verify(args) => verify::run(args),
-            Self::Inspect(args) => inspect::run(args),
+            Self::Verify(args) => verify::run(&args),
+            Self::Inspect(args) => inspect::run(&args),
             Self::Completions(args) => completions::run(&args),
             Self::Guard => return Ok(snapshot_core::vmm::guard::main()),
             Self::ChildOf(args) => child_of::run(&args),

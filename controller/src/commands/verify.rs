@@ -1,13 +1,12 @@
 //! `livesnap verify`: is every byte of a snapshot what was written?
 
-use std::path::PathBuf;
-
 use serde_json::json;
 use snapshot_core::image::{ImageError, Snapshot, VerifyReport};
 
+use super::ReadArgs;
 use crate::{Failure, output};
 
-const EXAMPLES: &str = "\
+pub const EXAMPLES: &str = "\
 Examples:
   livesnap verify /backup/vm1
   livesnap verify --json /backup/vm1 | jq .sound
@@ -16,20 +15,9 @@ Exit codes:
   0  sound
   1  not sound; the first bad page or file is named";
 
-/// Check a snapshot's checksums and structure, and that its disk images are unchanged
-#[derive(clap::Args)]
-#[command(after_help = EXAMPLES)]
-pub struct Args {
-    /// Directory of the snapshot
-    dir: PathBuf,
-    /// Report as JSON on standard output
-    #[arg(long)]
-    json: bool,
-}
-
 /// Runs the command.
-pub fn run(args: Args) -> Result<(), Failure> {
-    let outcome = verify(&args);
+pub fn run(args: &ReadArgs) -> Result<(), Failure> {
+    let outcome = verify(args);
     if args.json {
         output::json(&match &outcome {
             Ok(report) => json!({"sound": true, "report": report}),
@@ -54,7 +42,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn verify(args: &Args) -> Result<VerifyReport, ImageError> {
+fn verify(args: &ReadArgs) -> Result<VerifyReport, ImageError> {
     let mut percentage = output::Percentage::new("verifying");
     Snapshot::open(&args.dir)?.verify(&mut |done, total| percentage.show(done, total))
 }
