@@ -16,7 +16,7 @@ use clap::Parser;
 use livesnap_tests::check::check_files;
 use livesnap_tests::qemu::{Disk, Format, Load, Qemu};
 use livesnap_tests::{interrupt, livesnap, poll_until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Two busy cores and emulation take their time; usually it is a few seconds.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -101,6 +101,8 @@ fn run(args: &Args) -> Result<()> {
 struct Soak {
     guest: Qemu,
     image: PathBuf,
+    /// The image's node.
+    base: Value,
     began: Instant,
 }
 
@@ -112,7 +114,8 @@ impl Soak {
         let mut guest = Qemu::builder().vcpus(2).disk(disk).load(load).start()?;
         guest.wait_ready(LIMIT)?;
         guest.wait_heartbeat(LIMIT, |beat| beat.laps >= 1 && beat.disk > 0)?;
-        Ok(Self { guest, image, began: Instant::now() })
+        let base = inserted(&mut guest)?["node-name"].take();
+        Ok(Self { guest, image, base, began: Instant::now() })
     }
 
     /// Takes a snapshot and judges it; the pause by QEMU's own events, and a line for people.
@@ -172,15 +175,16 @@ impl Soak {
     }
 
     fn commit_overlay(&mut self) -> Result<()> {
-        let blocks = self.guest.qmp("query-block", json!({}))?;
-        let inserted = &blocks[0]["inserted"];
-        let file = inserted["image"]["filename"].as_str().context("the disk has no file")?;
-        if Path::new(file) == self.image {
+        let inserted = inserted(&mut self.guest)?;
+        let device = inserted["node-name"].clone();
+        if device == self.base {
             return Ok(());
         }
+        let file = inserted["image"]["filename"].as_str().context("the disk has no file")?;
         let overlay = PathBuf::from(file);
-        let device = inserted["node-name"].clone();
-        self.guest.qmp("block-commit", json!({"job-id": JOB, "device": device}))?;
+        // Without a base, QEMU would commit to the lowest image of the chain.
+        let commit = json!({"job-id": JOB, "device": device, "base-node": self.base});
+        self.guest.qmp("block-commit", commit)?;
         let mut completing = false;
         poll_until("the overlay is committed", LIMIT, || {
             let jobs = self.guest.qmp("query-jobs", json!({}))?;
@@ -199,6 +203,11 @@ impl Soak {
         self.guest.qmp("blockdev-del", json!({"node-name": device}))?;
         fs::remove_file(&overlay).with_context(|| format!("cannot remove {}", overlay.display()))
     }
+}
+
+/// What is in the guest's disk drive.
+fn inserted(guest: &mut Qemu) -> Result<Value> {
+    Ok(guest.qmp("query-block", json!({}))?[0]["inserted"].take())
 }
 
 fn keep_snapshot(snapshot: &Path, to: &Path) -> Result<()> {
