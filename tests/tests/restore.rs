@@ -10,7 +10,9 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use livesnap_tests::console::{Console, Heartbeat};
 use livesnap_tests::qemu::{Disk, Format, Load, Qemu};
+use livesnap_tests::qmp::Qmp;
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
+use serde_json::json;
 
 const BOOT: Duration = Duration::from_secs(120);
 
@@ -147,10 +149,13 @@ fn a_snapshot_is_restored_again_by_the_printed_commands() {
         return;
     }
     let taken = Taken::new(Format::Qcow2);
+    let image = fs::read(taken.path("disk")).unwrap();
     let mut running =
         Running::start(taken.restore(&["--exec"], "first"), taken.path("first.messages"));
     taken.expect_progress(&mut running, "first");
-    drop(running);
+    let mut qmp = Qmp::connect(&taken.path("snapshot-restored/qmp.sock"), BOOT).unwrap();
+    qmp.execute("quit", json!({})).unwrap();
+    assert_eq!(running.child.wait().unwrap().code(), Some(0), "{}", running.messages());
 
     let again = taken.restore(&["--exec"], "again").output().unwrap();
     let text = String::from_utf8(again.stderr).unwrap();
@@ -169,6 +174,7 @@ fn a_snapshot_is_restored_again_by_the_printed_commands() {
     let mut running = Running::start(shell, taken.path("second.messages"));
     taken.expect_progress(&mut running, "second.console");
     drop(running);
+    assert!(fs::read(taken.path("disk")).unwrap() == image, "the snapshot's image was written to");
     taken.expect_sound();
 }
 
@@ -197,7 +203,7 @@ fn a_snapshot_without_disks_gets_them_from_the_caller() {
 }
 
 #[test]
-fn a_virtual_machine_with_another_ram_block_is_refused() {
+fn a_virtual_machine_with_other_cpus_or_ram_is_refused() {
     if !is_root_or_skip("a snapshot").unwrap() {
         return;
     }
@@ -208,18 +214,20 @@ fn a_virtual_machine_with_another_ram_block_is_refused() {
     source.wait_ready(BOOT).unwrap();
     livesnap::snapshot(&source, &snapshot, &[]).unwrap();
     drop(source);
-    let refuse = |argument: &str, expected: &str| {
+    let refuse = |option: &str, value: &str, expected: &str| {
         let mut command = livesnap::command(["restore", "--exec"]).unwrap();
-        command.arg(&snapshot).args(["--", "-device", argument]).stdin(Stdio::null());
+        command.arg(&snapshot).args(["--", option, value]).stdin(Stdio::null());
         let output = command.output().unwrap();
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{text}");
         assert!(text.contains(expected), "{text}");
         assert!(!dir.path().join("snapshot-restored").exists());
     };
+    refuse("-smp", "3", "a number of CPUs of 3 but the snapshot has 1");
     refuse(
+        "-device",
         "VGA,id=card,vgamem_mb=16",
         "vga.vram\" of a length of 16777216 but the snapshot has 8388608",
     );
-    refuse("secondary-vga,id=other", "16777216 but the snapshot has none");
+    refuse("-device", "secondary-vga,id=other", "16777216 but the snapshot has none");
 }
