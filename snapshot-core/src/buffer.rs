@@ -23,8 +23,8 @@ pub const EXTENT_BYTES: usize = HUGE_BYTES;
 const _: () = assert!(EXTENT_BYTES as u64 == CHUNK_PAGES_MAX * PAGE_BYTES);
 
 /// Extents in use up to which the sweep takes more: enough to keep the disk busy. More would bring nothing
-/// sooner to the disk, but cost clearing memory and leave less for faults.
-const SWEEP_EXTENTS_MAX: usize = 3 * crate::storage::DEPTH as usize;
+/// sooner to the disk, but cost clearing memory, pass by the processor's cache, and leave less for faults.
+const SWEEP_EXTENTS_MAX: usize = crate::storage::DEPTH as usize;
 
 /// Extents set aside for faults when the buffer is at its smallest.
 const RESERVE_MIN: usize = 2;
@@ -110,8 +110,6 @@ struct Pool {
     /// Extents that exist, free or not.
     allocated: usize,
     limit: usize,
-    /// Free extents that the sweep does not take.
-    ready_for_faults: usize,
     /// Filled, for the writer.
     queue: VecDeque<Extent>,
     closed: bool,
@@ -131,7 +129,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// A buffer of at most `limit_bytes`, of which `ready_bytes` are made at once and kept ready for faults.
+    /// A buffer of at most `limit_bytes`, of which `ready_bytes` are made at once, so that nobody waits for them.
     ///
     /// # Errors
     /// When there is no memory for that part.
@@ -144,7 +142,6 @@ impl Buffer {
             free,
             allocated: ready,
             limit,
-            ready_for_faults: ready,
             queue: VecDeque::with_capacity(limit.min(QUEUE_EXTENTS)),
             closed: false,
         };
@@ -209,15 +206,7 @@ impl Buffer {
                 }
             };
             if in_use < bound {
-                // The sweep has time to make its own: what is ready is left to faults.
-                let spared = match purpose {
-                    Purpose::Fault => 0,
-                    Purpose::Sweep if pool.allocated < pool.limit => pool.ready_for_faults,
-                    Purpose::Sweep => 0,
-                };
-                if pool.free.len() > spared
-                    && let Some(extent) = pool.free.pop()
-                {
+                if let Some(extent) = pool.free.pop() {
                     self.count_use(in_use + 1);
                     return Ok(Some(extent));
                 }
@@ -346,12 +335,22 @@ mod tests {
     }
 
     #[test]
-    fn the_sweep_leaves_faults_what_is_ready() {
-        let buffer = Buffer::new(16 * EXTENT, 2 * EXTENT).unwrap();
-        let _swept = buffer.take(Purpose::Sweep).unwrap().unwrap();
-        assert_eq!(buffer.lock().free.len(), 2);
-        let _fault = buffer.take(Purpose::Fault).unwrap().unwrap();
-        assert_eq!(buffer.lock().free.len(), 1);
+    fn the_sweep_leaves_faults_half_of_what_is_ready() {
+        let ready = 2 * SWEEP_EXTENTS_MAX;
+        let buffer = Buffer::new(4 * ready as u64 * EXTENT, ready as u64 * EXTENT).unwrap();
+        let swept: Vec<_> =
+            (0..SWEEP_EXTENTS_MAX).map(|_| buffer.take(Purpose::Sweep).unwrap().unwrap()).collect();
+        std::thread::scope(|scope| {
+            let sweep = scope.spawn(|| buffer.take(Purpose::Sweep).unwrap());
+            let faults: Vec<_> =
+                (swept.len()..ready).map(|_| buffer.take(Purpose::Fault).unwrap()).collect();
+            let pool = buffer.lock();
+            assert_eq!((pool.free.len(), pool.allocated), (0, ready), "nothing was made anew");
+            drop(pool);
+            assert!(!sweep.is_finished());
+            swept.into_iter().chain(faults.into_iter().flatten()).for_each(|e| buffer.recycle(e));
+            assert!(sweep.join().unwrap().is_some());
+        });
     }
 
     #[test]

@@ -24,14 +24,12 @@ use crate::arm::LET_THROUGH_PAGES;
 use crate::buffer::Purpose;
 use crate::capture::{CaptureError, Engine, Mode, PanicReport, Worker};
 use crate::chunk::CHUNK_PAGES_MAX;
+use crate::priority;
 use crate::protection::Region;
 use crate::sys::uffd::{Notice, Notices};
 
 /// How long a thread looks for the next fault before it sleeps.
 const SPIN: Duration = Duration::from_micros(30);
-
-/// Priority of fault threads.
-const NICE: i32 = -15;
 
 /// Pages captured around a fault that shows no locality, while the buffer has room.
 const AROUND_PAGES: u64 = 16;
@@ -39,11 +37,7 @@ const AROUND_PAGES: u64 = 16;
 /// Serves context number `context` until `stop` is readable.
 pub fn run(engine: &Engine, context: usize, stop: BorrowedFd<'_>) {
     let _report = PanicReport { engine, thread: "fault" };
-    // A virtual CPU waits for every fault: this thread goes before those that nobody waits for. Zero names
-    // the calling thread.
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-        tracing::debug!(%error, "fault threads run at the usual priority");
-    }
+    priority::raise();
     let mut server = Server {
         engine,
         worker: Worker::new(engine, Purpose::Fault, true),

@@ -42,6 +42,7 @@ pub mod host;
 pub mod image;
 pub mod mappings;
 mod pagemap;
+mod priority;
 mod protection;
 pub mod ram;
 pub mod reason;

@@ -45,8 +45,8 @@ use crate::{fault, sweep};
 /// How often progress is told and the VMM looked after, while RAM is being copied.
 const TICK: Duration = Duration::from_millis(50);
 
-/// Part of the copy buffer, at most half of it, that is made before the pause and kept ready for faults, so
-/// that none waits for the kernel to find and clear memory.
+/// Part of the copy buffer, at most half of it, that is made before the pause, so that no fault waits for the
+/// kernel to find and clear memory.
 const READY_BYTES: u64 = 64 << 20;
 
 /// Least copy buffer: an extent being filled by each fault thread and the sweep, and some being written.

@@ -3,11 +3,13 @@
 use crate::buffer::Purpose;
 use crate::capture::{CaptureError, Engine, PanicReport, Worker};
 use crate::chunk::CHUNK_PAGES_MAX;
+use crate::priority;
 
 /// Claims and saves every page that nobody else has claimed, then says so; `checks` is false only in the
 /// control that saves without protection.
 pub fn run(engine: &Engine, checks: bool) {
     let _report = PanicReport { engine, thread: "sweep" };
+    priority::lower();
     match sweep(engine, checks) {
         Ok(()) => engine.set_swept(),
         Err(error) => engine.fail(error),

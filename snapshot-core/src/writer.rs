@@ -9,6 +9,7 @@ use crate::address::{PAGE_BYTES, as_index};
 use crate::buffer::Extent;
 use crate::capture::{CaptureError, Counters, Engine, PanicReport};
 use crate::image::FilePlan;
+use crate::priority;
 use crate::storage::{DEPTH, Storage};
 use crate::sys::uring::Write;
 
@@ -31,6 +32,7 @@ pub struct Stored {
 /// None itself: a failure ends the engine, and the result is then not complete.
 pub fn run(engine: &Engine, storage: &mut dyn Storage, plan: &FilePlan) -> Stored {
     let _report = PanicReport { engine, thread: "writer" };
+    priority::lower();
     let slots = as_index(engine.ram.layout.page_slots());
     let mut writer = Writer {
         engine,

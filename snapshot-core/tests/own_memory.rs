@@ -5,6 +5,9 @@
 #[path = "../examples/own_memory.rs"]
 mod own_memory;
 
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use own_memory::{check, take};
 use snapshot_core::{Controls, Options};
 
@@ -81,4 +84,31 @@ fn a_kernel_that_passes_over_holes_has_them_populated() {
     let controls = Controls { without_wp_unpopulated: true, ..Controls::default() };
     take(&snapshot, &with(controls)).unwrap();
     check(&snapshot).unwrap();
+}
+
+#[test]
+fn threads_that_nobody_waits_for_give_way() {
+    if !privileged() {
+        return;
+    }
+    // All that is seen: a thread has its name a moment before it has its priority.
+    let mut seen = BTreeSet::new();
+    let dir = tempfile::tempdir().unwrap();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                let tasks = procfs::process::Process::myself().unwrap().tasks().unwrap();
+                let stats = tasks.filter_map(|task| task.ok()?.stat().ok());
+                seen.extend(stats.map(|stat| (stat.comm, stat.nice)));
+            }
+        });
+        for round in 0..3 {
+            take(&dir.path().join(format!("{round}")), &Options::default()).unwrap();
+        }
+        ended.store(true, Ordering::Relaxed);
+    });
+    for (thread, nice) in [("fault", -15), ("sweep", 10), ("writer", 10)] {
+        assert!(seen.contains(&(thread.into(), nice)), "{thread} is not at {nice}: {seen:?}");
+    }
 }

@@ -76,13 +76,16 @@ pub fn run(tool: Tool, guest: &mut Qemu, dir: &Path) -> Result<Run> {
     ensure!(pages_per_s_before > 0.0, "the guest writes nothing");
 
     guest.take_pauses()?;
+    let out = tempfile::tempdir_in(dir).context("cannot make a directory for the snapshot")?;
     let (total, report) = match tool {
-        Tool::Livesnap => by_livesnap(guest, &dir.join("livesnap"))?,
-        Tool::Qemu => (by_qemu(guest, &dir.join("qemu"))?, None),
+        Tool::Livesnap => by_livesnap(guest, &out.path().join("livesnap"))?,
+        Tool::Qemu => (by_qemu(guest, &out.path().join("qemu"))?, None),
     };
     let pauses = guest.take_pauses()?;
     ensure!(!pauses.is_empty(), "QEMU told of no pause");
     let after = Sighting::next(guest, Duration::ZERO)?;
+    // Not before: removing gigabytes takes time, which the guest would lose as well.
+    out.close().context("cannot remove the snapshot")?;
 
     let window_s = (after.at - before.at).as_secs_f64();
     let worked_s = pages(after.pages - before.pages) / pages_per_s_before;
@@ -104,7 +107,6 @@ fn by_livesnap(guest: &Qemu, out: &Path) -> Result<(Duration, Option<Value>)> {
     let began = Instant::now();
     let mut told = livesnap::snapshot(guest, out, &[])?;
     let total = began.elapsed();
-    fs::remove_dir_all(out).with_context(|| format!("cannot remove {}", out.display()))?;
     Ok((total, Some(told["report"].take())))
 }
 
@@ -124,7 +126,6 @@ fn by_qemu(guest: &mut Qemu, file: &Path) -> Result<Duration> {
     let written = File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
     written.sync_all().with_context(|| format!("cannot sync {}", file.display()))?;
     let total = began.elapsed();
-    fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))?;
     switch_background_snapshot(guest, false)?;
     Ok(total)
 }
