@@ -1,7 +1,7 @@
 //! What tests against the real thing are built from.
 //!
 //! ```text
-//! initramfs   the guest: kernel, static init, modules          (guest/ is its program)
+//! initramfs   the guest: kernel, static init, modules          (guest/ is its program; with kernel, cpio)
 //! qemu        starts a VM that runs it, reads its console      (with disk, load, huge_pages)
 //! qmp         talks to that VM
 //! qmp_proxy   spoils what QEMU answers                         (livesnap runs through it)
@@ -19,10 +19,12 @@
 
 pub mod check;
 pub mod console;
+pub mod cpio;
 mod disk;
 mod huge_pages;
 pub mod initramfs;
 pub mod interrupt;
+pub mod kernel;
 pub mod livesnap;
 mod load;
 pub mod mapped_ram;

@@ -4,8 +4,8 @@ use std::env;
 
 use anyhow::Result;
 
-use crate::setup;
 use crate::step::{cargo, run};
+use crate::{setup, vmtest};
 
 /// Stops at the first step that fails.
 pub fn run_all() -> Result<()> {
@@ -27,6 +27,7 @@ pub fn run_all() -> Result<()> {
         tests.env("REQUIRE_PRIVILEGED", "1");
     }
     run("tests", tests)?;
+    vmtest::run_on_kernels(&[])?;
 
     setup::cargo_deny()?;
     // Not the advisories: they come from the network, and change without a change of ours.

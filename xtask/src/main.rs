@@ -7,8 +7,10 @@
 
 mod apt;
 mod check;
+mod kernel;
 mod setup;
 mod step;
+mod vmtest;
 
 use std::env;
 use std::path::Path;
@@ -23,7 +25,10 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
   setup   install what is missing: libclang, kernel headers, QEMU >= 9,
           a guest kernel; says what beforehand
   demo    snapshot a VM under load, restore it, and verify the copy; seconds
-  test    setup, then everything that CI checks: format, lints, docs, build, tests, licences
+  test    setup, then everything that CI checks: format, lints, docs, build, tests (on other
+          kernels too), licences
+  vmtest  the tests that depend on the kernel, in VMs with Linux 6.1 and 6.12;
+          --kernel VERSION for one of them, NAME for some of the tests
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
           --quick for a first look, --update-docs for docs/performance.*
   soak    take and check snapshot after snapshot of one busy VM; --runs N
@@ -45,6 +50,7 @@ fn main() -> Result<()> {
     match command.as_str() {
         "setup" => setup::run(),
         "test" => check::run_all(),
+        "vmtest" => vmtest::run_on_kernels(&rest),
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
         "help" | "--help" | "-h" => {
             eprint!("{HELP}");

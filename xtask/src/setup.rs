@@ -4,19 +4,17 @@
 //! Only a C compiler must be there before: without one, cargo cannot link this program either.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::apt;
 use crate::step::{cargo, output, program, run as run_step};
+use crate::{apt, kernel};
 
 /// The first QEMU that reads mapped-ram files.
 const QEMU_MAJOR_MIN: u32 = 9;
 /// The first kernel whose userfaultfd write-protects memory that was never touched; before, it is populated first.
 const KERNEL_GOOD: (u32, u32) = (6, 4);
-/// Debian's smallest kernel with all that a VM needs; the package only depends on the newest version.
-const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// Where the guest's kernel is unpacked; the tests look for it there.
 const KERNEL_DIRECTORY: &str = "target/livesnap-guest/kernel";
 
@@ -29,7 +27,7 @@ struct Need {
     from_backports: bool,
 }
 
-const NEEDS: [Need; 4] = [
+const NEEDS: [Need; 5] = [
     Need {
         package: "libclang-dev",
         reason: "the userfaultfd bindings are generated from the kernel's headers",
@@ -54,23 +52,29 @@ const NEEDS: [Need; 4] = [
         is_met: || runs("qemu-img") && runs("qemu-storage-daemon"),
         from_backports: true,
     },
+    Need {
+        package: "xz-utils",
+        reason: "Debian's kernels from 6.12 on have compressed modules",
+        is_met: || runs("xz"),
+        from_backports: false,
+    },
 ];
 
 /// Installs what is missing, and says what makes this machine unfit.
 pub fn run() -> Result<()> {
     let missing: Vec<&Need> = NEEDS.iter().filter(|need| !(need.is_met)()).collect();
-    let has_kernel = kernel().is_some();
+    let has_kernel = kernel::is_unpacked(KERNEL_DIRECTORY);
     for need in &missing {
         eprintln!("will install {}: {}", need.package, need.reason);
     }
     if !has_kernel {
         eprintln!(
-            "will unpack {KERNEL_PACKAGE} into {KERNEL_DIRECTORY}: the kernel of the test VMs; it is not installed"
+            "will unpack Debian's cloud kernel into {KERNEL_DIRECTORY}, for the test VMs; it is not installed"
         );
     }
     install(&missing)?;
     if !has_kernel {
-        unpack_kernel()?;
+        kernel::unpack_default(KERNEL_DIRECTORY)?;
     }
     for problem in unfit() {
         eprintln!("warning: {problem}");
@@ -126,57 +130,6 @@ fn install(missing: &[&Need]) -> Result<()> {
     Ok(())
 }
 
-/// The unpacked kernel, if there is one.
-fn kernel() -> Option<PathBuf> {
-    let mut entries = fs::read_dir(Path::new(KERNEL_DIRECTORY).join("boot")).ok()?;
-    entries.find_map(|entry| {
-        let entry = entry.ok()?;
-        entry.file_name().to_str()?.starts_with("vmlinuz-").then(|| entry.path())
-    })
-}
-
-fn unpack_kernel() -> Result<()> {
-    if !apt::is_known(KERNEL_PACKAGE) {
-        apt::update()?;
-    }
-    let package = newest_kernel(&output(program("apt-cache", ["depends", KERNEL_PACKAGE]))?)?;
-
-    let partial = PathBuf::from(format!("{KERNEL_DIRECTORY}.partial"));
-    if partial.exists() {
-        fs::remove_dir_all(&partial)
-            .with_context(|| format!("cannot remove {}", partial.display()))?;
-    }
-    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
-    // As root, apt would try to download as its own user, who may not write here, and warn.
-    let mut download =
-        program("apt-get", ["download", "--quiet", "--option=APT::Sandbox::User=root", &package]);
-    download.current_dir(&partial);
-    run_step("download the guest kernel", download)?;
-    let archive = fs::read_dir(&partial)
-        .with_context(|| format!("cannot list {}", partial.display()))?
-        .find_map(|entry| {
-            Some(entry.ok()?.path()).filter(|path| path.extension().is_some_and(|end| end == "deb"))
-        })
-        .with_context(|| format!("apt-get download left no package of {package}"))?;
-    let mut unpack = program("dpkg-deb", ["--extract"]);
-    unpack.arg(&archive).arg(&partial);
-    run_step("unpack the guest kernel", unpack)?;
-    fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))?;
-    // Complete or not there at all: what a killed run left is no kernel.
-    fs::rename(&partial, KERNEL_DIRECTORY)
-        .with_context(|| format!("cannot rename to {KERNEL_DIRECTORY}"))?;
-    Ok(())
-}
-
-/// The package that the meta-package depends on, from what `apt-cache depends` prints.
-fn newest_kernel(depends: &str) -> Result<String> {
-    depends
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .map(str::to_owned)
-        .with_context(|| format!("{KERNEL_PACKAGE} depends on no kernel: {depends}"))
-}
-
 /// What this machine cannot do, or not well; nothing of it stops a build.
 fn unfit() -> Vec<String> {
     let mut problems = Vec::new();
@@ -226,7 +179,6 @@ fn is_installed(package: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
     use super::*;
 
     #[test]
@@ -234,12 +186,5 @@ mod tests {
         assert_eq!(parse_version("6.18.44-generic"), Some((6, 18)));
         assert_eq!(parse_version("10.0.2 (Debian 1:10.0.2+ds-2)"), Some((10, 0)));
         assert_eq!(parse_version("unknown"), None);
-    }
-
-    #[test]
-    fn the_kernel_is_what_the_meta_package_depends_on() {
-        let text = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n";
-        assert_eq!(newest_kernel(text).unwrap(), "linux-image-6.1.0-56-cloud-amd64");
-        assert!(newest_kernel("linux-image-cloud-amd64\n").is_err());
     }
 }

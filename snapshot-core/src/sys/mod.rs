@@ -5,5 +5,7 @@
 pub mod memory;
 pub mod ptrace;
 pub mod signals;
+#[cfg(test)]
+pub mod test_memory;
 pub mod uffd;
 pub mod uring;

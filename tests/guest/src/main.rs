@@ -14,7 +14,6 @@
 
 #![forbid(unsafe_code)]
 
-mod boot;
 mod load;
 mod params;
 
@@ -25,6 +24,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use livesnap_guest::boot;
 use livesnap_guest::page::Words;
 use livesnap_guest::status::Field;
 
