@@ -62,6 +62,8 @@ impl Phase {
 pub struct Progress {
     /// Where it is.
     pub phase: Phase,
+    /// Whether the consistency point has passed: faults that begin from now on wait for a copy.
+    pub is_consistent: bool,
     /// Length of RAM in bytes.
     pub total_bytes: u64,
     /// Bytes of RAM whose content at the consistency point is saved, holes included.

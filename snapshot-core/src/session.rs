@@ -292,7 +292,8 @@ fn system(operation: &'static str) -> impl FnOnce(io::Error) -> Cause {
 
 /// Takes a snapshot of `vmm`'s guest into the directory `destination`, which must not exist or be empty.
 ///
-/// `observe` is called on this thread at every change of phase and about twenty times a second.
+/// `observe` is called on this thread at every change of phase, at the consistency point, where the guest stands still
+/// as long as it takes, and about twenty times a second.
 ///
 /// # Errors
 /// If there is no snapshot. The guest is then as it was found, with exceptions named in
@@ -310,6 +311,7 @@ pub fn snapshot(
         observe,
         began: Instant::now(),
         phase: Phase::Preparing,
+        is_consistent: false,
         downtime: Downtime::default(),
         rounds: 0,
         remainder_pages: 0,
@@ -343,6 +345,7 @@ struct Session<'a> {
     observe: &'a mut dyn FnMut(&Progress),
     began: Instant,
     phase: Phase,
+    is_consistent: bool,
     downtime: Downtime,
     rounds: u32,
     remainder_pages: u64,
@@ -532,6 +535,8 @@ impl Session<'_> {
         self.downtime.device_state_ns = lap.nanos();
         self.check_pause(began, "before RAM was protected")?;
         let taken_at = self.make_consistent(engine)?;
+        self.is_consistent = true;
+        self.tell(Some(engine));
         self.downtime.protect_ns = lap.nanos();
         self.check_pause(began, "before the disks were switched")?;
         let disks = pause.vmm.switch_disks()?;
@@ -646,7 +651,8 @@ impl Session<'_> {
     fn tell(&mut self, engine: Option<&Engine>) {
         let progress = engine.map_or_else(Progress::default, Engine::progress);
         let elapsed_ns = nanos(self.began.elapsed());
-        (self.observe)(&Progress { phase: self.phase, elapsed_ns, ..progress });
+        let is_consistent = self.is_consistent;
+        (self.observe)(&Progress { phase: self.phase, is_consistent, elapsed_ns, ..progress });
     }
 
     fn give_up_if_cancelled(&self) -> Result<(), Cause> {
