@@ -20,10 +20,10 @@ struct Source {
     signed_by: Option<String>,
 }
 
-/// Installs packages, from `suite` where one is given.
+/// Installs packages, from `suite` where one is given. Fails rather than remove others for them.
 pub fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
     let mut command = as_root("apt-get")?;
-    command.args(["install", "--yes", "--quiet", "--no-install-recommends"]);
+    command.args(["install", "--yes", "--quiet", "--no-install-recommends", "--no-remove"]);
     if let Some(suite) = suite {
         command.args(["--target-release", suite]);
     }

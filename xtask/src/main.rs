@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod bpf;
 mod check;
 mod kernel;
 mod setup;
@@ -23,7 +24,7 @@ const HELP: &str = "\
 Usage: cargo xtask COMMAND [ARGUMENTS]
 
   setup   install what is missing: libclang, kernel headers, QEMU >= 9,
-          a guest kernel; says what beforehand
+          a guest kernel, the compiler of the BPF programs; says what beforehand
   demo    snapshot a VM under load, restore it, and verify the copy; seconds
   test    setup, then everything that CI checks: format, lints, docs, build, tests (on other
           kernels too), licences

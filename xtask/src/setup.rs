@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use crate::step::{cargo, output, program, run as run_step};
-use crate::{apt, kernel};
+use crate::{apt, bpf, kernel};
 
 /// The first QEMU that reads mapped-ram files.
 const QEMU_MAJOR_MIN: u32 = 9;
@@ -76,6 +76,7 @@ pub fn run() -> Result<()> {
     if !has_kernel {
         kernel::unpack_default(KERNEL_DIRECTORY)?;
     }
+    bpf::install()?;
     for problem in unfit() {
         eprintln!("warning: {problem}");
     }

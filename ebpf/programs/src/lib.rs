@@ -1,0 +1,8 @@
+//! What livesnap's BPF programs have in common. Each file in `bin/` becomes one object with programs and the
+//! maps that they use; the loader (`ebpf/src`) takes the one that the kernel accepts.
+//!
+//! The programs run in the kernel: on the thread that faults, inside its fault.
+
+#![no_std]
+
+pub mod stall;

@@ -1,0 +1,138 @@
+//! How long write-protect faults keep threads: what starts count as, and where durations are counted.
+//!
+//! A thread is in one fault at a time. Start and end run on that thread, so its start and its histograms have
+//! one writer and need no atomics.
+
+use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
+use livesnap_ebpf_common::{
+    HISTOGRAMS_MAX, Histogram, HistogramKey, Mode, RANGES_MAX, Start, class_of, counter,
+};
+
+/// Bits of the error code of an x86 page fault: the page is present, and was written to.
+const PRESENT_AND_WRITE: u64 = 0b11;
+
+/// The process whose threads count; set by the loader.
+#[unsafe(no_mangle)]
+static TGID: u32 = 0;
+/// Pairs of first address and address behind the last; set by the loader. Unused ones are empty.
+#[unsafe(no_mangle)]
+static RANGES: [u64; 2 * RANGES_MAX] = [0; 2 * RANGES_MAX];
+
+/// The maps that every object has. Each object declares its own, so that none holds what it does not use.
+pub struct Maps {
+    pub histograms: &'static HashMap<HistogramKey, Histogram, HISTOGRAMS_MAX>,
+    pub counters: &'static PerCpuArray<u64, { counter::COUNT }>,
+    pub period: &'static Array<u32, 1>,
+    /// A histogram without faults, to make new ones from; too large for the stack.
+    pub empty: &'static Array<Histogram, 1>,
+}
+
+/// Declares the maps of an object, as `MAPS`.
+#[macro_export]
+macro_rules! stall_maps {
+    () => {
+        #[aya_ebpf::macros::btf_map]
+        static HISTOGRAMS: aya_ebpf::btf_maps::HashMap<
+            livesnap_ebpf_common::HistogramKey,
+            livesnap_ebpf_common::Histogram,
+            { livesnap_ebpf_common::HISTOGRAMS_MAX },
+        > = aya_ebpf::btf_maps::HashMap::new();
+        #[aya_ebpf::macros::btf_map]
+        static COUNTERS: aya_ebpf::btf_maps::PerCpuArray<
+            u64,
+            { livesnap_ebpf_common::counter::COUNT },
+        > = aya_ebpf::btf_maps::PerCpuArray::new();
+        #[aya_ebpf::macros::btf_map]
+        static PERIOD: aya_ebpf::btf_maps::Array<u32, 1> = aya_ebpf::btf_maps::Array::new();
+        #[aya_ebpf::macros::btf_map]
+        static EMPTY: aya_ebpf::btf_maps::Array<livesnap_ebpf_common::Histogram, 1> =
+            aya_ebpf::btf_maps::Array::new();
+        static MAPS: $crate::stall::Maps = $crate::stall::Maps {
+            histograms: &HISTOGRAMS,
+            counters: &COUNTERS,
+            period: &PERIOD,
+            empty: &EMPTY,
+        };
+    };
+}
+
+/// The id of the running thread, if it belongs to the process that is looked at.
+#[inline(always)]
+pub fn thread_of_interest() -> Option<u32> {
+    let ids = bpf_get_current_pid_tgid();
+    // SAFETY: a static of ours; volatile because the loader sets it in the object, unseen by the compiler.
+    let tgid = unsafe { core::ptr::read_volatile(&raw const TGID) };
+    ((ids >> 32) as u32 == tgid).then_some(ids as u32)
+}
+
+/// Whether a fault wrote to a present page in the ranges.
+#[inline(always)]
+pub fn is_write_protect(address: u64, error_code: u64) -> bool {
+    error_code & PRESENT_AND_WRITE == PRESENT_AND_WRITE && is_in_ranges(address)
+}
+
+/// Whether an address lies in the ranges.
+#[inline(always)]
+pub fn is_in_ranges(address: u64) -> bool {
+    let ranges = &raw const RANGES;
+    for index in 0..RANGES_MAX {
+        // SAFETY: as above; the index is within the array.
+        let first = unsafe { core::ptr::read_volatile(ranges.cast::<u64>().add(2 * index)) };
+        // SAFETY: the same.
+        let end = unsafe { core::ptr::read_volatile(ranges.cast::<u64>().add(2 * index + 1)) };
+        if address >= first && address < end {
+            return true;
+        }
+    }
+    false
+}
+
+impl Maps {
+    /// Notes in `start` that a fault begins.
+    #[inline(always)]
+    pub fn begin(&self, start: &mut Start, address: u64, mode: Mode) {
+        if start.at_ns != 0 {
+            self.count(counter::START_WITHOUT_END);
+        }
+        let period = self.period.get(0).copied().unwrap_or_default();
+        start.address = address;
+        start.class = class_of(period, mode) as u64;
+        // SAFETY: a helper without preconditions.
+        start.at_ns = unsafe { bpf_ktime_get_ns() };
+    }
+
+    /// Counts the fault that `start` noted, and forgets it.
+    #[inline(always)]
+    pub fn end(&self, start: &mut Start, tid: u32) {
+        // SAFETY: a helper without preconditions.
+        let ns = unsafe { bpf_ktime_get_ns() } - start.at_ns;
+        start.at_ns = 0;
+        let key = HistogramKey { tid, class: start.class as u32 };
+        let Some(histogram) = self.histogram(&key) else {
+            self.count(counter::MAP_FULL);
+            return;
+        };
+        // SAFETY: the map keeps the value while the program runs; the thread it belongs to is this one.
+        unsafe { &mut *histogram }.record(ns);
+    }
+
+    #[inline(always)]
+    fn histogram(&self, key: &HistogramKey) -> Option<*mut Histogram> {
+        if let Some(histogram) = self.histograms.get_ptr_mut(key) {
+            return Some(histogram);
+        }
+        self.histograms.insert(key, self.empty.get(0)?, 0).ok()?;
+        self.histograms.get_ptr_mut(key)
+    }
+
+    /// Counts what did not go by the book.
+    #[inline(always)]
+    pub fn count(&self, counter: u32) {
+        if let Some(value) = self.counters.get_ptr_mut(counter) {
+            // SAFETY: this CPU's own value; a program is not interrupted by another on it that counts too often
+            // to matter, and never moves to another CPU.
+            unsafe { *value += 1 };
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! The BPF programs, compiled by `build.rs`. Empty where the build had no compiler for them.
+
+use aya::include_bytes_aligned;
+
+/// BTF tracepoints and task storage.
+pub const STALL_TP_BTF: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/stall_tp_btf.o"));

@@ -1,0 +1,137 @@
+//! Attaching, reading, detaching.
+
+use std::path::PathBuf;
+
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, MapError, PerCpuArray};
+use livesnap_ebpf_common::{HistogramWords, PERIOD_AFTER};
+
+use crate::ranges::{self, Range};
+use crate::reading::{Lost, Reading, Stalls, ThreadStalls};
+use crate::tier::{Refusal, Request, Tier};
+
+/// What the caller may choose.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Only this tier; else the first of [`Tier::ALL`] that can be attached.
+    pub tier: Option<Tier>,
+    /// Type information of the kernel, where it is not at its usual place.
+    pub btf: Option<PathBuf>,
+}
+
+/// Probes of one process; dropping them detaches them.
+pub struct Probes {
+    object: Ebpf,
+    tier: Tier,
+    refusals: Vec<Refusal>,
+}
+
+/// Why there are no probes, or no figures.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// Not one tier could be attached.
+    #[error("no probe can be attached: {}", join(refusals))]
+    Refused {
+        /// Why not, for each that was tried.
+        refusals: Vec<Refusal>,
+    },
+    /// A map cannot be read or written.
+    #[error("the map {map} of the probes cannot be used: {source}")]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// What aya found.
+        source: MapError,
+    },
+}
+
+fn join(refusals: &[Refusal]) -> String {
+    let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
+    texts.join("; ")
+}
+
+impl Probes {
+    /// Attaches to all threads of the process `pid`, present and to come, for write-protect faults in `ranges`, of
+    /// which up to 16 are told apart; see `ranges`.
+    ///
+    /// # Errors
+    /// [`ProbeError::Refused`] if no tier can be attached.
+    pub fn attach(pid: u32, ranges: &[Range], options: &Options) -> Result<Self, ProbeError> {
+        let request =
+            Request { tgid: pid, ranges: ranges::words(ranges), btf: options.btf.as_deref() };
+        let mut refusals = Vec::new();
+        for tier in
+            Tier::ALL.into_iter().filter(|tier| options.tier.is_none_or(|only| only == *tier))
+        {
+            match tier.attach(&request) {
+                Ok(object) => return Ok(Self { object, tier, refusals }),
+                Err(cause) => {
+                    tracing::debug!(%tier, error = ?cause, "a tier is refused");
+                    refusals.push(Refusal { tier, cause });
+                }
+            }
+        }
+        Err(ProbeError::Refused { refusals })
+    }
+
+    /// The tier that is attached.
+    #[must_use]
+    pub const fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Why each better one is not.
+    #[must_use]
+    pub fn refusals(&self) -> &[Refusal] {
+        &self.refusals
+    }
+
+    /// From now on faults that begin are counted as [`Period::After`](crate::Period::After). Takes a microsecond.
+    ///
+    /// # Errors
+    /// [`ProbeError::Map`].
+    pub fn mark(&mut self) -> Result<(), ProbeError> {
+        const NAME: &str = "PERIOD";
+        let map = self.object.map_mut(NAME).ok_or_else(|| missing(NAME))?;
+        let mut period = Array::<_, u32>::try_from(map).map_err(unusable(NAME))?;
+        period.set(0, PERIOD_AFTER, 0).map_err(unusable(NAME))
+    }
+
+    /// What was counted so far. Faults that go on meanwhile may be counted in part of the figures.
+    ///
+    /// # Errors
+    /// [`ProbeError::Map`].
+    pub fn read(&self) -> Result<Reading, ProbeError> {
+        Ok(Reading { stalls: Stalls { threads: self.threads()?, lost: self.lost()? } })
+    }
+
+    fn threads(&self) -> Result<Vec<ThreadStalls>, ProbeError> {
+        const NAME: &str = "HISTOGRAMS";
+        let map = self.object.map(NAME).ok_or_else(|| missing(NAME))?;
+        let map = HashMap::<_, [u32; 2], HistogramWords>::try_from(map).map_err(unusable(NAME))?;
+        let entries = map.iter().map(|entry| entry.map_err(unusable(NAME)));
+        let mut threads = entries
+            .map(|entry| entry.map(|(key, value)| ThreadStalls::from_words(key, value)))
+            .collect::<Result<Vec<_>, _>>()?;
+        threads.sort_by_key(|thread| (thread.tid, thread.period, thread.mode));
+        Ok(threads)
+    }
+
+    fn lost(&self) -> Result<Lost, ProbeError> {
+        const NAME: &str = "COUNTERS";
+        let map = self.object.map(NAME).ok_or_else(|| missing(NAME))?;
+        let map = PerCpuArray::<_, u64>::try_from(map).map_err(unusable(NAME))?;
+        Lost::from_counters(|counter| {
+            let values = map.get(&counter, 0).map_err(unusable(NAME))?;
+            Ok(values.iter().sum())
+        })
+    }
+}
+
+fn missing(map: &'static str) -> ProbeError {
+    ProbeError::Map { map, source: MapError::ElementNotFound }
+}
+
+fn unusable(map: &'static str) -> impl Fn(MapError) -> ProbeError {
+    move |source| ProbeError::Map { map, source }
+}

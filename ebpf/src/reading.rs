@@ -1,0 +1,256 @@
+//! What the programs have counted, as plain structures.
+
+use livesnap_ebpf_common::{
+    BUCKETS, HistogramWords, MODE_KERNEL, PERIOD_AFTER, bucket_bounds_ns, counter,
+};
+use serde::Serialize;
+
+/// All that was counted up to one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Reading {
+    /// How long write-protect faults kept threads.
+    pub stalls: Stalls,
+}
+
+/// Stalls by thread, and what the figures leave out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Stalls {
+    /// In ascending order of thread, period and mode.
+    pub threads: Vec<ThreadStalls>,
+    /// What could not be counted.
+    pub lost: Lost,
+}
+
+/// The stalls of one thread in one period and mode.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ThreadStalls {
+    /// The thread's id.
+    pub tid: u32,
+    /// Whether the faults began before or after the mark.
+    pub period: Period,
+    /// Where the thread was.
+    pub mode: Mode,
+    /// How long they took.
+    pub histogram: Histogram,
+}
+
+/// Before or after [`Probes::mark`](crate::Probes::mark).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Period {
+    /// Since the probes were attached.
+    Before,
+    /// Since the mark.
+    After,
+}
+
+/// Where a thread was when it faulted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// In its own code.
+    User,
+    /// In the kernel, such as in a system call that writes to guest memory.
+    Kernel,
+}
+
+/// Events that are not in the histograms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Lost {
+    /// Faults for which a map had no room.
+    pub map_full: u64,
+    /// Faults whose end was not seen: a signal interrupted them. The access is repeated and counted then.
+    pub start_without_end: u64,
+    /// Ends of faults in the ranges whose start did not count: ordinary faults, such as first touches.
+    pub end_without_start: u64,
+}
+
+/// Durations in 8 steps for each power of two; see [`Histogram::buckets`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Histogram {
+    /// Number of durations.
+    pub count: u64,
+    /// Their sum, in nanoseconds.
+    pub sum_ns: u64,
+    /// The longest, in nanoseconds.
+    pub max_ns: u64,
+    buckets: Vec<u64>,
+}
+
+/// A histogram in a few numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    /// Number of durations.
+    pub count: u64,
+    /// Their sum, in nanoseconds.
+    pub sum_ns: u64,
+    /// Their mean, in nanoseconds.
+    pub mean_ns: u64,
+    /// Median, in nanoseconds.
+    pub p50_ns: u64,
+    /// 99th percentile, in nanoseconds.
+    pub p99_ns: u64,
+    /// The longest, in nanoseconds.
+    pub max_ns: u64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self { count: 0, sum_ns: 0, max_ns: 0, buckets: vec![0; BUCKETS] }
+    }
+}
+
+impl Histogram {
+    /// From the words of the map.
+    pub(crate) fn from_words([count, sum_ns, max_ns, buckets @ ..]: HistogramWords) -> Self {
+        Self { count, sum_ns, max_ns, buckets: buckets.to_vec() }
+    }
+
+    /// Shortest and longest duration of each bucket that is not empty, in nanoseconds, and its count.
+    pub fn buckets(&self) -> impl Iterator<Item = ((u64, u64), u64)> + '_ {
+        let filled = self.buckets.iter().enumerate().filter(|(_, count)| **count > 0);
+        filled.map(|(bucket, count)| (bucket_bounds_ns(bucket), *count))
+    }
+
+    /// The duration that `per_mille` of 1000 do not exceed, in nanoseconds: interpolated within its bucket, which
+    /// is an eighth of its value wide.
+    #[must_use]
+    pub fn quantile_ns(&self, per_mille: u64) -> u64 {
+        let total: u64 = self.buckets.iter().sum();
+        let mut left = (total * per_mille).div_ceil(1000).max(1);
+        for ((low, high), count) in self.buckets() {
+            if left <= count {
+                let width = u128::from(high.min(self.max_ns).saturating_sub(low));
+                let part = width * u128::from(left) / u128::from(count);
+                return low + u64::try_from(part).unwrap_or(u64::MAX - low);
+            }
+            left -= count;
+        }
+        0
+    }
+
+    /// Mean, in nanoseconds.
+    #[must_use]
+    pub fn mean_ns(&self) -> u64 {
+        self.sum_ns.checked_div(self.count).unwrap_or(0)
+    }
+
+    /// Count, sum, mean, percentiles and maximum.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        Summary {
+            count: self.count,
+            sum_ns: self.sum_ns,
+            mean_ns: self.mean_ns(),
+            p50_ns: self.quantile_ns(500),
+            p99_ns: self.quantile_ns(990),
+            max_ns: self.max_ns,
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.count += other.count;
+        self.sum_ns += other.sum_ns;
+        self.max_ns = self.max_ns.max(other.max_ns);
+        for (bucket, count) in self.buckets.iter_mut().zip(&other.buckets) {
+            *bucket += count;
+        }
+    }
+}
+
+impl Stalls {
+    /// All threads together, since the probes were attached.
+    #[must_use]
+    pub fn total(&self) -> Histogram {
+        self.sum(|_| true)
+    }
+
+    /// All threads together, before the mark.
+    #[must_use]
+    pub fn before(&self) -> Histogram {
+        self.sum(|stalls| stalls.period == Period::Before)
+    }
+
+    /// All threads together, since the mark.
+    #[must_use]
+    pub fn after(&self) -> Histogram {
+        self.sum(|stalls| stalls.period == Period::After)
+    }
+
+    /// Those that are `wanted`, together.
+    pub fn sum(&self, wanted: impl Fn(&ThreadStalls) -> bool) -> Histogram {
+        let mut sum = Histogram::default();
+        for stalls in self.threads.iter().filter(|stalls| wanted(stalls)) {
+            sum.add(&stalls.histogram);
+        }
+        sum
+    }
+}
+
+impl ThreadStalls {
+    /// From a key and a value of the map.
+    pub(crate) fn from_words([tid, class]: [u32; 2], histogram: HistogramWords) -> Self {
+        Self {
+            tid,
+            period: if class >> 1 == PERIOD_AFTER { Period::After } else { Period::Before },
+            mode: if class & 1 == MODE_KERNEL { Mode::Kernel } else { Mode::User },
+            histogram: Histogram::from_words(histogram),
+        }
+    }
+}
+
+impl Lost {
+    /// From the counters, each summed over all CPUs by `sum`.
+    pub(crate) fn from_counters<E>(sum: impl Fn(u32) -> Result<u64, E>) -> Result<Self, E> {
+        Ok(Self {
+            map_full: sum(counter::MAP_FULL)?,
+            start_without_end: sum(counter::START_WITHOUT_END)?,
+            end_without_start: sum(counter::END_WITHOUT_START)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use livesnap_ebpf_common::{HISTOGRAM_WORDS, MODE_USER, PERIOD_BEFORE, bucket_of, class_of};
+
+    fn of(durations: impl IntoIterator<Item = u64>) -> HistogramWords {
+        let mut words = [0; HISTOGRAM_WORDS];
+        for ns in durations {
+            words[0] += 1;
+            words[1] += ns;
+            words[2] = words[2].max(ns);
+            words[3 + bucket_of(ns)] += 1;
+        }
+        words
+    }
+
+    #[test]
+    fn quantiles_are_interpolated() {
+        let summary = Histogram::from_words(of((1..=1000).map(|us| us * 1000))).summary();
+        assert_eq!((summary.count, summary.mean_ns, summary.max_ns), (1000, 500_500, 1_000_000));
+        assert!(summary.p50_ns.abs_diff(500_000) < 5_000, "{summary:?}");
+        assert!(summary.p99_ns.abs_diff(990_000) < 5_000, "{summary:?}");
+        assert_eq!(Histogram::default().summary(), Summary::default());
+    }
+
+    #[test]
+    fn threads_are_summed_by_period() {
+        let thread = |tid, period, mode, ns| {
+            ThreadStalls::from_words([tid, class_of(period, mode)], of([ns]))
+        };
+        let stalls = Stalls {
+            threads: vec![
+                thread(1, PERIOD_BEFORE, MODE_USER, 10),
+                thread(1, PERIOD_AFTER, MODE_USER, 100),
+                thread(2, PERIOD_AFTER, MODE_KERNEL, 1000),
+            ],
+            lost: Lost::default(),
+        };
+        assert_eq!((stalls.before().sum_ns, stalls.before().count), (10, 1));
+        assert_eq!((stalls.after().sum_ns, stalls.after().max_ns), (1100, 1000));
+        assert_eq!(stalls.total().count, 3);
+        assert_eq!(stalls.sum(|stalls| stalls.mode == Mode::Kernel).count, 1);
+    }
+}
