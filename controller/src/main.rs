@@ -9,6 +9,7 @@ mod commands;
 mod docs;
 mod failure;
 mod output;
+mod probes;
 mod progress;
 
 use std::process::ExitCode;

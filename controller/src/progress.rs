@@ -32,6 +32,10 @@ impl Bar {
 
     /// Shows `progress`.
     pub fn show(&mut self, progress: &Progress) {
+        // The guest stands still: no time for a terminal.
+        if progress.phase == Phase::Frozen && progress.is_consistent {
+            return;
+        }
         self.bar.set_prefix(progress.phase.as_str());
         if progress.phase < Phase::Copying || progress.phase > Phase::Committing {
             self.bar.tick();
@@ -55,8 +59,8 @@ impl Bar {
     }
 }
 
-/// A report as people read it.
-pub fn summary(report: &Report) -> String {
+/// A report as people read it, with `more` rows.
+pub fn summary(report: &Report, more: &[(&'static str, String)]) -> String {
     let mut text = String::new();
     let down = &report.downtime;
     let mut row = |name: &str, value: String| {
@@ -129,6 +133,9 @@ pub fn summary(report: &Report) -> String {
             report.buffer_waits
         ),
     );
+    for (name, value) in more {
+        row(name, value.clone());
+    }
     text.truncate(text.trim_end().len());
     text
 }

@@ -13,6 +13,7 @@ use snapshot_core::vmm::Vmm;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
 use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot};
 
+use crate::probes::{Choice, SnapshotProbes};
 use crate::{Failure, output, progress};
 
 const EXAMPLES: &str = "\
@@ -58,6 +59,10 @@ pub struct Args {
     /// Put the overlays here instead of beside their images
     #[arg(long, value_name = "DIR", conflicts_with = "no_disks")]
     overlay_dir: Option<PathBuf>,
+    /// How to measure in the kernel what the guest's threads wait: the best way that the kernel allows, none, or one of
+    /// the others; docs/probes.md explains them
+    #[arg(long, value_name = "TIER", default_value = "auto", value_parser = Choice::parser())]
+    probes: Choice,
     /// Report as JSON on standard output
     #[arg(long)]
     json: bool,
@@ -80,39 +85,53 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     let outcome = QemuVmm::attach(qemu)
         .map_err(|error| Failure::refused(error.reason(), error))
-        .and_then(|mut vmm| take(&mut vmm, &args.out, &options, &cancel));
+        .and_then(|mut vmm| {
+            let mut probes = SnapshotProbes::attach(args.probes, &mut vmm);
+            let report = take(&mut vmm, &args.out, &options, &cancel, &mut probes)?;
+            Ok((report, probes))
+        });
     tell(&args.out, outcome, args.json)
 }
 
-/// Takes a snapshot with a progress bar.
+/// Takes a snapshot with a progress bar and probes.
 pub fn take(
     vmm: &mut dyn Vmm,
     out: &std::path::Path,
     options: &Options,
     cancel: &Cancel,
+    probes: &mut SnapshotProbes,
 ) -> Result<Report, Failure> {
     let mut bar = progress::Bar::new();
-    let taken = snapshot(vmm, out, options, cancel, &mut |progress| bar.show(progress));
+    let mut observe = |progress: &_| {
+        probes.observe(progress);
+        bar.show(progress);
+    };
+    let taken = snapshot(vmm, out, options, cancel, &mut observe);
     bar.end();
     taken.map_err(Failure::from)
 }
 
 /// Reports the outcome for people or programs.
-pub fn tell(
+fn tell(
     out: &std::path::Path,
-    outcome: Result<Report, Failure>,
+    outcome: Result<(Report, SnapshotProbes), Failure>,
     as_json: bool,
 ) -> Result<(), Failure> {
     if as_json {
         output::json(&match &outcome {
-            Ok(report) => json!({"outcome": "completed", "directory": out, "report": report}),
+            Ok((report, probes)) => json!({
+                "outcome": "completed",
+                "directory": out,
+                "report": report,
+                "probes": probes.json(),
+            }),
             Err(failure) => failure.json(),
         })?;
     }
-    let report = outcome?;
+    let (report, probes) = outcome?;
     if !as_json {
         output::line(format_args!("snapshot in {}", out.display()))?;
-        output::line(progress::summary(&report))?;
+        output::line(progress::summary(&report, &probes.rows()))?;
     }
     for warning in &report.warnings {
         output::error(format_args!("warning: {warning}"));

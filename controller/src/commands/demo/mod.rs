@@ -26,6 +26,7 @@ use snapshot_core::{Cancel, Options, Reason, Report};
 use self::guest::Request;
 use self::vmm::{GuestError, GuestProcess};
 use super::snapshot::{cancel_on_signal, default_buffer_bytes, take};
+use crate::probes::SnapshotProbes;
 use crate::{Failure, output, progress};
 
 /// One for each virtual CPU of a small guest.
@@ -111,7 +112,7 @@ fn show(args: &Args) -> Result<Shown, Failure> {
     let (report, pages_written_meanwhile) = take_snapshot(&mut guest, &scratch, &cancel)?;
     say(&format!(
         "{}\n\nThe guest stood still for {}, and overwrote {} while its memory was being saved.\n",
-        progress::summary(&report),
+        progress::summary(&report, &[]),
         progress::nanos(report.downtime.total_ns),
         output::bytes(pages_written_meanwhile * PAGE_BYTES)
     ))?;
@@ -145,7 +146,7 @@ fn take_snapshot(
     cancel: &Cancel,
 ) -> Result<(Report, u64), Failure> {
     let options = Options { buffer_bytes: default_buffer_bytes(), ..Options::default() };
-    let report = take(guest, &scratch.snapshot(), &options, cancel)?;
+    let report = take(guest, &scratch.snapshot(), &options, cancel, &mut SnapshotProbes::Off)?;
     let now = guest.ask(Request::Look)?;
     let written = now.iter().zip(guest.counters_at_pause()).map(|(now, then)| now - then).sum();
     Ok((report, written))

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use livesnap_ebpf::{ProbeError, Probes};
 use procfs::Current as _;
 use procfs::process::Process;
 use snapshot_core::host::{self, Access, Userfaultfd};
@@ -42,6 +43,7 @@ pub fn look() -> Vec<Finding> {
             default_buffer_bytes(),
         ),
         qemu(qemu_version()),
+        probes(&Probes::attach(std::process::id(), &[], &livesnap_ebpf::Options::default())),
     ]
 }
 
@@ -218,6 +220,22 @@ fn qemu(version: Option<String>) -> Finding {
         return Finding::degraded(SUBJECT, found, remedy);
     }
     Finding::ok(SUBJECT, format!("{QEMU} {version}"))
+}
+
+fn probes(attached: &Result<Probes, ProbeError>) -> Finding {
+    const SUBJECT: &str = "probes";
+    match attached {
+        Ok(probes) => {
+            let refused: String =
+                probes.refusals().iter().map(|refusal| format!("; not {refusal}")).collect();
+            Finding::ok(SUBJECT, format!("{}{refused}", probes.tier()))
+        }
+        Err(error) => Finding::degraded(
+            SUBJECT,
+            format!("{error}: reports lack the time that the guest's threads waited"),
+            "run livesnap as root, or give it CAP_BPF and CAP_PERFMON",
+        ),
+    }
 }
 
 fn direct_io(dir: &Path, found: io::Result<bool>) -> Finding {

@@ -1,0 +1,189 @@
+//! The probes of a snapshot: attached before RAM is protected, read when it is given up, and told in the report.
+//!
+//! A snapshot never fails for want of them.
+
+use std::fmt::Write as _;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use livesnap_ebpf::{Options, ProbeError, Probes, Range, Reading, Refusal, Tier};
+use serde_json::{Value, json};
+use snapshot_core::vmm::Vmm;
+use snapshot_core::{Phase, Progress};
+
+use crate::progress::nanos;
+
+/// Which probes to attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The best that the kernel lets us have.
+    Auto,
+    /// None.
+    Off,
+    /// This one or none.
+    Only(Tier),
+}
+
+impl Choice {
+    /// Reads what stands on the command line.
+    pub fn parser() -> impl TypedValueParser<Value = Self> {
+        let tiers = Tier::ALL.map(Tier::as_str);
+        let words = ["auto", "none"].into_iter().chain(tiers);
+        PossibleValuesParser::new(words).map(|word| match word.as_str() {
+            "auto" => Self::Auto,
+            word => Tier::ALL
+                .into_iter()
+                .find(|tier| tier.as_str() == word)
+                .map_or(Self::Off, Self::Only),
+        })
+    }
+}
+
+/// The probes of one snapshot.
+pub enum SnapshotProbes {
+    /// Nobody wanted them.
+    Off,
+    /// They could not be attached.
+    Absent(ProbeError),
+    /// They count.
+    Attached(Box<Attached>),
+}
+
+/// Probes that count, and what they have told so far.
+pub struct Attached {
+    probes: Probes,
+    /// What they had counted when RAM was given up.
+    reading: Option<Result<Reading, ProbeError>>,
+    /// Whether the consistency point was marked.
+    mark: Option<Result<(), ProbeError>>,
+}
+
+impl SnapshotProbes {
+    /// Attaches to the process and the RAM of `vmm`.
+    pub fn attach(choice: Choice, vmm: &mut dyn Vmm) -> Self {
+        let tier = match choice {
+            Choice::Off => return Self::Off,
+            Choice::Auto => None,
+            Choice::Only(tier) => Some(tier),
+        };
+        // If the VMM does not tell its RAM, the snapshot fails for that.
+        let Ok(layout) = vmm.ram_layout() else { return Self::Off };
+        let ranges: Vec<Range> = layout
+            .blocks()
+            .iter()
+            .map(|block| Range { start: block.hva.0, len_bytes: block.len_bytes })
+            .collect();
+        let pid = vmm.pid().as_raw_nonzero().get().unsigned_abs();
+        match Probes::attach(pid, &ranges, &Options { tier, ..Options::default() }) {
+            Ok(probes) => Self::Attached(Box::new(Attached { probes, reading: None, mark: None })),
+            Err(error) => Self::Absent(error),
+        }
+    }
+
+    /// Follows the snapshot: faults are counted anew from the consistency point on, until RAM is given up.
+    pub fn observe(&mut self, progress: &Progress) {
+        let Self::Attached(attached) = self else { return };
+        let Attached { probes, reading, mark } = &mut **attached;
+        if progress.is_consistent && mark.is_none() {
+            *mark = Some(probes.mark());
+        }
+        if progress.phase >= Phase::Draining && reading.is_none() {
+            *reading = Some(probes.read());
+        }
+    }
+
+    /// For programs.
+    pub fn json(&self) -> Value {
+        match self {
+            Self::Off => Value::Null,
+            Self::Absent(error) => json!({"tier": null, "problem": error.to_string()}),
+            Self::Attached(attached) => {
+                let mut value = json!({
+                    "tier": attached.probes.tier(),
+                    "refused": attached.probes.refusals().iter().map(refusal_json).collect::<Vec<_>>(),
+                });
+                match attached.reading() {
+                    Ok(reading) => value["stalls"] = stalls_json(reading),
+                    Err(problem) => value["problem"] = problem.into(),
+                }
+                value
+            }
+        }
+    }
+
+    /// For people: rows of a name and a value.
+    pub fn rows(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Off => Vec::new(),
+            Self::Absent(error) => vec![("probes", error.to_string())],
+            Self::Attached(attached) => {
+                let probes = &attached.probes;
+                let stalls = match attached.reading() {
+                    Ok(reading) => stalls_in_words(reading),
+                    Err(problem) => problem,
+                };
+                let mut rows = vec![("stalls", stalls), ("probes", probes.tier().to_string())];
+                let refused = probes.refusals().iter();
+                rows.extend(refused.map(|refusal| ("", format!("not {refusal}"))));
+                rows
+            }
+        }
+    }
+}
+
+impl Attached {
+    fn reading(&self) -> Result<&Reading, String> {
+        if let Some(Err(error)) = &self.mark {
+            return Err(error.to_string());
+        }
+        match &self.reading {
+            Some(Ok(reading)) => Ok(reading),
+            Some(Err(error)) => Err(error.to_string()),
+            None => Err("the snapshot ended before the probes were read".into()),
+        }
+    }
+}
+
+fn refusal_json(refusal: &Refusal) -> Value {
+    json!({
+        "tier": refusal.tier,
+        "why": refusal.cause.to_string(),
+        "errno": refusal.cause.errno(),
+    })
+}
+
+fn stalls_json(reading: &Reading) -> Value {
+    let threads = reading.stalls.threads.iter().map(|thread| {
+        json!({
+            "tid": thread.tid,
+            "period": thread.period,
+            "mode": thread.mode,
+            "stalls": thread.histogram.summary(),
+        })
+    });
+    json!({
+        "copy": reading.stalls.after().summary(),
+        "arming": reading.stalls.before().summary(),
+        "threads": threads.collect::<Vec<_>>(),
+        "lost": reading.stalls.lost,
+    })
+}
+
+fn stalls_in_words(reading: &Reading) -> String {
+    let copy = reading.stalls.after().summary();
+    let arming = reading.stalls.before().summary();
+    let mut text = format!(
+        "{} in the copy, {} while arming; whole fault mean {}, p50 {}, p99 {}, max {}",
+        copy.count,
+        arming.count,
+        nanos(copy.mean_ns),
+        nanos(copy.p50_ns),
+        nanos(copy.p99_ns),
+        nanos(copy.max_ns)
+    );
+    let lost = reading.stalls.lost.map_full;
+    if lost > 0 {
+        // Writing to a string does not fail.
+        let _ = write!(text, "; {lost} more could not be counted");
+    }
+    text
+}

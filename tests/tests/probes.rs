@@ -1,0 +1,32 @@
+//! What `livesnap snapshot` tells of the probes, on a real QEMU.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::time::Duration;
+
+use livesnap_tests::qemu::Qemu;
+use livesnap_tests::{is_root_or_skip, livesnap};
+
+const BOOT: Duration = Duration::from_secs(120);
+
+#[test]
+fn the_report_tells_whole_stalls_beside_the_handlers_part() {
+    if !is_root_or_skip("a snapshot of another process").unwrap() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let mut source = Qemu::builder().vcpus(2).start().unwrap();
+    source.wait_ready(BOOT).unwrap();
+
+    let told = livesnap::snapshot(&source, &dir.path().join("with"), &[]).unwrap();
+    let number = |pointer: &str| told.pointer(pointer).unwrap().as_u64().unwrap();
+    let (count, served) = (number("/probes/stalls/copy/count"), number("/report/faults"));
+    // A fault may be served twice, or two by one capture; a thread may fault while it is read out.
+    assert!(count.abs_diff(served) <= 2 + served / 20, "{count} stalls, {served} served");
+    assert!(number("/probes/stalls/copy/p50_ns") > number("/report/service/p50_ns"), "{told:#}");
+    assert!(number("/probes/stalls/arming/count") > 0, "{told:#}");
+
+    let told =
+        livesnap::snapshot(&source, &dir.path().join("without"), &["--probes", "none"]).unwrap();
+    assert!(told["probes"].is_null(), "{told:#}");
+}
