@@ -115,9 +115,34 @@ impl Running {
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         // It is a child that was not waited for, so the number is not another's; one that has ended takes it.
-        kill_process(pid.context("no process id")?, signal).context("cannot signal livesnap")
+        kill_process(self.pid()?, signal).context("cannot signal livesnap")
+    }
+
+    /// Holds it up while `meanwhile` runs, and its guard too, which would wake it.
+    pub fn hold(&self, meanwhile: impl FnOnce()) -> Result<()> {
+        let guard = self.guard()?;
+        let both = |signal| {
+            kill_process(guard, signal).context("cannot signal the guard")?;
+            self.signal(signal)
+        };
+        both(Signal::STOP)?;
+        meanwhile();
+        both(Signal::CONT)
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        pid.context("no process id")
+    }
+
+    /// Its only child. Does not end before it does.
+    fn guard(&self) -> Result<Pid> {
+        let pid = self.pid()?.as_raw_nonzero();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+            .context("cannot list livesnap's children")?;
+        let guard = children.trim().parse().ok().and_then(Pid::from_raw);
+        guard.with_context(|| format!("the guard is not the only child: {children:?}"))
     }
 
     /// Waits for its end.

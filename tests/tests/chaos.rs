@@ -6,7 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::cell::Cell;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -25,6 +25,8 @@ const BOOT: Duration = Duration::from_secs(120);
 const PAUSE: Duration = Duration::from_secs(5);
 /// The phases of a session, in order; before the first it gets in touch with QEMU.
 const PHASES: [&str; 6] = ["preparing", "arming", "frozen", "copying", "draining", "committing"];
+/// What the guard logs when it continues a stopped livesnap.
+const WOKEN: &str = "livesnap was stopped";
 /// Longer than most phases last for the guests of these tests.
 const MOMENT_MAX: Duration = Duration::from_millis(40);
 
@@ -273,13 +275,47 @@ fn a_livesnap_that_hangs_in_the_pause_fails_and_the_guest_goes_on() {
         Ok((scene.qemu.status()? == "running").then_some(()))
     })
     .unwrap();
-    hanging.signal(Signal::CONT).unwrap();
+    // The guard has woken it as well.
     let ended = hanging.wait().unwrap();
     ended.expect_failure(1, "pause_too_long", &["2s"]).unwrap();
     scene.expect_unharmed("running");
     scene.expect_no_snapshot();
     assert_eq!(scene.traces(), before);
     scene.expect_next_works();
+}
+
+#[test]
+fn a_livesnap_that_is_stopped_while_copying_is_woken() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let stopped = scene.snapshot_at(Some("copying"));
+    stopped.signal(Signal::STOP).unwrap();
+    let ended = stopped.wait().unwrap();
+    assert!(ended.status.success() && ended.log.contains(WOKEN), "{}", ended.log);
+    scene.expect_unharmed("running");
+    check_files(&scene.out().join("ram.mapped-ram"), None).unwrap();
+    scene.expect_next_works();
+}
+
+#[test]
+fn ctrl_z_does_not_stop_a_livesnap() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let mut qemu = boot(&Qemu::builder());
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let out = dir.path().join("snapshot");
+    let mut command = snapshot_command(&qemu, &out, &[]).unwrap();
+    // As a shell's job has: the kernel stops no group that nobody of its session could continue.
+    command.process_group(0);
+    let mut running = Running::start(command).unwrap();
+    running.reach("copying").unwrap();
+    running.signal(Signal::TSTP).unwrap();
+    let ended = running.wait().unwrap();
+    assert!(ended.status.success() && !ended.log.contains(WOKEN), "{}", ended.log);
+    expect_unharmed(&mut qemu, "running");
 }
 
 /// Boots a busy VM without a disk.
@@ -293,9 +329,7 @@ fn boot(builder: &Builder) -> Qemu {
 fn snapshot_with(qemu: &mut Qemu, out: &Path, phase: &str, harm: impl FnOnce(&mut Qemu)) -> Ended {
     let mut running = Running::start(snapshot_command(qemu, out, &[]).unwrap()).unwrap();
     running.reach(phase).unwrap();
-    running.signal(Signal::STOP).unwrap();
-    harm(qemu);
-    running.signal(Signal::CONT).unwrap();
+    running.hold(|| harm(qemu)).unwrap();
     running.wait().unwrap()
 }
 

@@ -1,11 +1,14 @@
 //! The guard: a small process beside livesnap that finishes what must not be left half done.
 //!
-//! It has two duties, both for the case that livesnap itself is killed or hangs:
+//! It has three duties, all for the case that livesnap itself is killed or hangs:
 //!
 //! - **Injection.** Between altering a thread's registers and putting them back, the tracer must not
 //!   die; so it is the guard that traces (see [`attach`](super::attach)).
 //! - **The pause.** Before `stop`, livesnap arms the guard. If livesnap ends, or the pause's limit
 //!   passes, while it is armed, the guard sends `cont` on the shared QMP socket.
+//! - **Stops.** A livesnap that is stopped (SIGSTOP) serves no faults, and whoever writes to protected
+//!   RAM waits with it. From the first userfaultfd on, the guard looks after livesnap all the time, and
+//!   sends SIGCONT to one that stays stopped; in the pause it does so at the limit.
 //!
 //! ```text
 //!           Arm                         Disarm → "disarmed"
@@ -33,6 +36,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use procfs::process::Process;
 use rustix::event::PollFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal};
@@ -53,6 +57,10 @@ const RESCUE_LIMIT: Duration = Duration::from_secs(120);
 /// How long it waits for each answer, and between attempts.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// How often the guard looks whether livesnap is stopped. One found so twice in a row is woken.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// State in `/proc/PID/stat` of what a signal has stopped; what a debugger has stopped is `t`, and stays so.
+const STOPPED: char = 'T';
 /// How long a guard may take to end when it is no longer needed.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
@@ -291,25 +299,60 @@ enum Pause {
     Fired,
 }
 
+/// The process that started this guard.
+struct Livesnap {
+    process: Process,
+    pidfd: OwnedFd,
+    was_stopped: bool,
+}
+
+impl Livesnap {
+    fn find() -> io::Result<Self> {
+        let pid = getppid().ok_or(io::ErrorKind::NotFound)?;
+        let process = Process::new(pid.as_raw_nonzero().get()).map_err(io::Error::other)?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(Self { process, pidfd, was_stopped: false })
+    }
+
+    /// Wakes it if it is stopped and was so at the last look.
+    fn look(&mut self) {
+        let is_stopped = self.process.stat().is_ok_and(|stat| stat.state == STOPPED);
+        if is_stopped && self.was_stopped {
+            tracing::warn!("guard: livesnap was stopped, and the guest may wait for it; woke it");
+            self.wake();
+        }
+        self.was_stopped = is_stopped;
+    }
+
+    fn wake(&self) {
+        // Fails only if it has ended, which the control socket tells.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::CONT);
+    }
+}
+
 fn serve(control: &BorrowedFd<'_>) -> io::Result<()> {
     crate::sys::signals::block_all()?;
     // Refused to a group leader, which a shell may have made us; harmless then.
     let _ = rustix::process::setsid();
-    let livesnap = getppid().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let mut livesnap = Livesnap::find()?;
     let mut qmp: Option<Qmp> = None;
     let mut pause = Pause::Idle;
+    // Guest RAM may be protected.
+    let mut is_watching = false;
     send_packet(control, &Reply::Ready, None)?;
     loop {
         let deadline = match pause {
             Pause::Armed { deadline } => Some(deadline),
-            Pause::Idle | Pause::Fired => None,
+            Pause::Idle | Pause::Fired => is_watching.then(|| Instant::now() + LOOK_INTERVAL),
         };
         if !wait_for(control, PollFlags::IN, deadline)? {
-            // A stopped livesnap serves no faults, and QEMU's main thread may be waiting for one.
-            if let Some(livesnap) = &livesnap {
-                let _ = pidfd_send_signal(livesnap, Signal::CONT);
+            if let Pause::Armed { .. } = pause {
+                // QEMU's main thread may be waiting for a page.
+                livesnap.wake();
+                pause = fire(qmp.as_mut());
+            } else {
+                livesnap.look();
             }
-            pause = fire(qmp.as_mut());
             continue;
         }
         let request = receive_packet(control);
@@ -321,6 +364,7 @@ fn serve(control: &BorrowedFd<'_>) -> io::Result<()> {
             return request.map(drop);
         };
         let (reply, fd) = answer(request, fd, &mut qmp, &mut pause);
+        is_watching |= fd.is_some();
         // Livesnap may have ended meanwhile: the next turn sees that.
         let _ = send_packet(control, &reply, fd.as_ref().map(AsFd::as_fd));
     }
@@ -402,6 +446,7 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
     use super::*;
     use crate::vmm::testing::{DEADLINE, Role, guard_command};
+    use rustix::process::kill_process;
     use serde_json::Value;
     use std::io::{BufRead, BufReader, Read, Write};
     use std::os::unix::net::{UnixListener, UnixStream};
@@ -477,6 +522,30 @@ mod tests {
         }
         assert_eq!(seen.first().unwrap(), "cont");
         assert_eq!(seen.last().unwrap(), "query-status");
+    }
+
+    #[test]
+    fn a_snapshotter_that_is_stopped_in_the_pause_is_woken_at_its_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut hanger = Role::start("hanger", path.to_str().unwrap());
+        let (peer, _) = listener.accept().unwrap();
+        peer.set_read_timeout(Some(DEADLINE)).unwrap();
+        let process = Process::new(hanger.pid().as_raw_nonzero().get()).unwrap();
+        let is_stopped = || process.stat().unwrap().state == STOPPED;
+        assert_eq!(hanger.line(), "armed");
+        kill_process(hanger.pid(), Signal::STOP).unwrap();
+        let deadline = Instant::now() + DEADLINE;
+        while !is_stopped() {
+            assert!(Instant::now() < deadline, "it does not stop");
+            std::thread::yield_now();
+        }
+        let mut line = String::new();
+        BufReader::new(&peer).read_line(&mut line).unwrap();
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap()["execute"], "cont");
+        // Woken first: a `cont` that waits for a page would wait for a stopped livesnap.
+        assert!(!is_stopped());
     }
 
     #[test]

@@ -20,6 +20,8 @@ use super::guard::{self, Guard};
 const ROLE: &str = "LIVESNAP_TEST_ROLE";
 /// For any one thing that a test waits for.
 pub const DEADLINE: Duration = Duration::from_secs(60);
+/// Long enough for a test to stop the process before it has passed.
+const SHORT_PAUSE: Duration = Duration::from_secs(2);
 
 /// A process in a role; killed when dropped.
 pub struct Role {
@@ -82,6 +84,7 @@ fn play_role() {
         Ok("sleeper") => sleeper(),
         Ok("injector") => injector(argument.parse().unwrap()),
         Ok("pauser") => pauser(&argument),
+        Ok("hanger") => hanger(&argument),
         _ => {}
     }
 }
@@ -165,13 +168,26 @@ fn injector(pid: i32) {
     }
 }
 
-/// Connects to the socket `path`, arms a guard for it, leaves half a command behind, says so, and hangs.
-fn pauser(path: &str) {
+/// Connects to the socket `path` and arms a guard for it.
+fn armed(path: &str, limit: Duration) -> (UnixStream, Guard) {
     let socket = UnixStream::connect(path).unwrap();
     let guard = Guard::start(&guard_command()).unwrap();
     guard.watch(socket.as_fd()).unwrap();
-    guard.arm(DEADLINE).unwrap();
+    guard.arm(limit).unwrap();
+    (socket, guard)
+}
+
+/// Arms a guard, leaves half a command behind, says so, and hangs.
+fn pauser(path: &str) {
+    let (socket, _guard) = armed(path, DEADLINE);
     (&socket).write_all(b"{\"execute\": \"st").unwrap();
+    eprintln!("armed");
+    std::thread::park();
+}
+
+/// Arms a guard for a short pause, says so, and hangs.
+fn hanger(path: &str) {
+    let _armed = armed(path, SHORT_PAUSE);
     eprintln!("armed");
     std::thread::park();
 }
