@@ -1,5 +1,6 @@
 //! What a session tells: while it runs ([`Progress`]) and at its end ([`Report`]).
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -155,6 +156,8 @@ pub struct Report {
     pub storage: String,
     /// Userfaultfd contexts, each with a fault thread.
     pub contexts: u32,
+    /// Images on which the guest's disks go on, and with which it must be started from now on.
+    pub overlays: Vec<PathBuf>,
     /// What is not as it should be although the snapshot is sound.
     pub warnings: Vec<String>,
 }

@@ -461,7 +461,7 @@ impl Session<'_> {
         drop(storage);
         self.enter(Phase::Committing, Some(engine));
         self.give_up_if_cancelled()?;
-        let mut report = self.report(engine, &times, storage_name);
+        let mut report = self.report(engine, &times, &frozen, storage_name);
         let facts = SnapshotFacts {
             machine,
             run_state: frozen.run_state,
@@ -608,7 +608,7 @@ impl Session<'_> {
         Ok(stored)
     }
 
-    fn report(&self, engine: &Engine, times: &Times, storage: &str) -> Report {
+    fn report(&self, engine: &Engine, times: &Times, frozen: &Frozen, storage: &str) -> Report {
         let counters = &engine.counters;
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let bytes = |counter| load(counter) * PAGE_BYTES;
@@ -636,6 +636,7 @@ impl Session<'_> {
             throughput_bytes_per_second: 0,
             storage: storage.into(),
             contexts: u32::try_from(engine.ram.contexts.len()).unwrap_or(u32::MAX),
+            overlays: frozen.disks.disks.iter().map(|disk| disk.overlay.clone()).collect(),
             warnings: Vec::new(),
         };
         report.finish(self.began, times.consistent, times.saved);

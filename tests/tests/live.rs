@@ -59,6 +59,8 @@ impl Case {
             0 < stood_still && stood_still < downtime["total_ns"].as_u64().unwrap(),
             "{told:#}"
         );
+        let overlays = told["report"]["overlays"].as_array().unwrap();
+        assert_eq!(overlays.len(), usize::from(disk.is_some()), "{told:#}");
         let verified = livesnap::command(["verify"]).unwrap().arg(&snapshot).output().unwrap();
         assert!(verified.status.success(), "{verified:?}");
 

@@ -132,11 +132,27 @@ fn tell(
     if !as_json {
         output::line(format_args!("snapshot in {}", out.display()))?;
         output::line(progress::summary(&report, &probes.rows()))?;
+        if let Some(text) = reminder(&report.overlays) {
+            output::line(text)?;
+        }
     }
     for warning in &report.warnings {
         output::error(format_args!("warning: {warning}"));
     }
     Ok(())
+}
+
+/// What must not be forgotten where disks go on in overlays.
+fn reminder(overlays: &[PathBuf]) -> Option<String> {
+    let (first, others) = overlays.split_first()?;
+    let others = match others.len() {
+        0 => String::new(),
+        count => format!(" and {count} more"),
+    };
+    Some(format!(
+        "From now on the VM must be started with its disks' overlays, {}{others}: see docs/disks.md",
+        first.display()
+    ))
 }
 
 /// A session's end on Ctrl-C, on `kill`, and when the terminal goes away.
@@ -168,4 +184,20 @@ pub fn default_buffer_bytes() -> u64 {
 pub fn parse_pid(text: &str) -> Result<Pid, String> {
     let number = text.parse().map_err(|_| "not a process id")?;
     Ok(Pid::from_raw(number).filter(|_| number > 0).ok_or("not a process id")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlays_are_not_to_be_forgotten() {
+        assert_eq!(reminder(&[]), None);
+        let said = |overlays: &[&str]| {
+            let overlays: Vec<_> = overlays.iter().map(PathBuf::from).collect();
+            reminder(&overlays).unwrap_or_default()
+        };
+        assert!(said(&["/a.qcow2"]).contains("overlays, /a.qcow2: see docs/disks.md"));
+        assert!(said(&["/a", "/b", "/c"]).contains("/a and 2 more: see"));
+    }
 }
