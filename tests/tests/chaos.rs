@@ -9,6 +9,7 @@ use std::cell::Cell;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use livesnap_tests::check::check_files;
@@ -23,6 +24,8 @@ use serde_json::{Value, json};
 const BOOT: Duration = Duration::from_secs(120);
 /// The product's default limit of a pause, and some time for a busy machine to act on it.
 const PAUSE: Duration = Duration::from_secs(5);
+/// The limit of a pause and that of one answer after it, and some time for a busy machine.
+const GIVEN_UP: Duration = Duration::from_secs(25);
 /// The phases of a session, in order; before the first it gets in touch with QEMU.
 const PHASES: [&str; 6] = ["preparing", "arming", "frozen", "copying", "draining", "committing"];
 /// What the guard logs when it continues a stopped livesnap.
@@ -510,6 +513,32 @@ fn answers_that_are_lost_or_garbled_fail_the_snapshot_and_the_guest_goes_on() {
     }
     snapshot(&qemu, &out, &[]).unwrap();
     qemu.wait_laps(1, BOOT).unwrap();
+}
+
+#[test]
+fn a_qemu_that_answers_no_more_in_the_pause_is_given_up_soon() {
+    if !is_root_or_skip("a snapshot").unwrap() {
+        return;
+    }
+    let mut qemu = boot(&Qemu::builder());
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let out = dir.path().join("snapshot");
+    let is_silent = AtomicBool::new(false);
+    let proxy = QmpProxy::start(&qemu, move |name, answer| {
+        is_silent.fetch_or(name == "xen-save-devices-state", Ordering::Relaxed);
+        if is_silent.load(Ordering::Relaxed) { Answer::Nothing } else { Answer::Other(answer) }
+    })
+    .unwrap();
+    let mut running = Running::start(proxy.snapshot_command(&out).unwrap()).unwrap();
+    running.reach("frozen").unwrap();
+    let frozen = Instant::now();
+    let ended = running.wait().unwrap();
+    let took = frozen.elapsed();
+    assert!(took < GIVEN_UP, "{took:?}: {}", ended.log);
+    let words = ["xen-save-devices-state within", "no longer answers"];
+    ended.expect_failure(1, "vmm_unreachable", &words).unwrap();
+    expect_unharmed(&mut qemu, "running");
+    expect_nothing_at(&out);
 }
 
 #[test]

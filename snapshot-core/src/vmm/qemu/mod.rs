@@ -387,6 +387,8 @@ impl QemuVmm {
         let until = Instant::now() + self.options.pause_limit;
         if found == RunState::Running {
             self.guard.arm(self.options.pause_limit)?;
+            // `cont` has time to be answered behind a `stop` that still flushes disks; with what comes after it, no more.
+            self.qmp.give_up_at(Some(until + limit));
         }
         self.pause = Some(Pause { found, until });
         if found == RunState::Running
@@ -439,6 +441,7 @@ impl QemuVmm {
         }
         // Whatever else went wrong: this is the command that counts. Should it fail, the guard is armed.
         self.execute("cont", json!({}))?;
+        self.qmp.give_up_at(None);
         self.pause = None;
         match self.guard.disarm() {
             Ok(false) => still_paused,

@@ -60,6 +60,12 @@ pub enum QmpError {
         /// The limit.
         limit: Duration,
     },
+    /// The time for all commands together was over before this one was sent.
+    #[error("QEMU no longer answers, so {command} was not waited for: it is overloaded or hangs")]
+    GivenUp {
+        /// The command.
+        command: String,
+    },
     /// The peer closed the connection.
     #[error(
         "QEMU closed the QMP connection during {command}: it has ended or its monitor was removed"
@@ -165,6 +171,8 @@ pub struct Qmp {
     /// Who sends: tells our replies from those to another sender on this socket, or to an earlier client.
     sender: String,
     commands: u64,
+    /// No command waits longer, whatever its own limit.
+    give_up_at: Option<Instant>,
 }
 
 impl Qmp {
@@ -213,7 +221,13 @@ impl Qmp {
             events: VecDeque::new(),
             sender: sender.into(),
             commands: 0,
+            give_up_at: None,
         }
+    }
+
+    /// From now on no command waits beyond `at`, and none is sent after it; with nothing, each has its own limit only.
+    pub fn give_up_at(&mut self, at: Option<Instant>) {
+        self.give_up_at = at;
     }
 
     /// The socket, to be shared with the guard.
@@ -256,7 +270,13 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
         limit: Duration,
     ) -> Result<Value, QmpError> {
-        let deadline = Instant::now() + limit;
+        let now = Instant::now();
+        let limit = match self.give_up_at {
+            Some(at) if at <= now => return Err(QmpError::GivenUp { command: command.into() }),
+            Some(at) => limit.min(at - now),
+            None => limit,
+        };
+        let deadline = now + limit;
         let id = self.post(command, arguments, fd, deadline, limit)?;
         loop {
             let mut reply = self.next_message(command, deadline, limit)?;
@@ -522,6 +542,27 @@ mod tests {
             .write_all(b"{\"return\": \"late\", \"id\": \"test-1\"}\n{\"return\": 2, \"id\": \"test-2\"}\n")
             .unwrap();
         assert_eq!(qmp.execute("second", json!({}), LIMIT).unwrap(), json!(2));
+    }
+
+    #[test]
+    fn a_limit_over_all_commands_leaves_the_later_ones_unsent() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut qmp = Qmp::adopt(ours.into(), "test");
+        qmp.give_up_at(Some(Instant::now() + SHORT));
+        let silent = qmp.execute("first", json!({}), LIMIT).unwrap_err();
+        assert!(matches!(silent, QmpError::Timeout { limit, .. } if limit <= SHORT), "{silent}");
+        let unsent = qmp.execute("second", json!({}), LIMIT).unwrap_err();
+        assert!(matches!(unsent, QmpError::GivenUp { .. }), "{unsent}");
+        qmp.give_up_at(None);
+        let silent = qmp.execute("third", json!({}), SHORT).unwrap_err();
+        assert!(matches!(silent, QmpError::Timeout { .. }), "{silent}");
+        drop(qmp);
+        let sent: Vec<Value> = BufReader::new(theirs)
+            .lines()
+            .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+            .collect();
+        let names: Vec<_> = sent.iter().map(|command| &command["execute"]).collect();
+        assert_eq!(names, ["first", "third"]);
     }
 
     #[test]
