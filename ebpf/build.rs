@@ -13,11 +13,11 @@ use std::process::Command;
 /// Debian's compiler: of the same language as ours, and with a core for BPF.
 const RUSTC: &str = "/usr/bin/rustc";
 const TARGET: &str = "bpfel-unknown-none";
-/// aya-ebpf itself uses unstable features of this target; nothing else may.
-const BOOTSTRAP: &str = "aya_ebpf";
+/// These use unstable features, of this target alone: assembly. Nothing else may.
+const BOOTSTRAP: &str = "aya_ebpf,livesnap_ebpf_programs";
 /// Line information for the verifier's messages, and BTF, without which maps have no types.
 const RUSTFLAGS: &str = "-C debuginfo=2 -C link-arg=--btf";
-const OBJECTS: [&str; 1] = ["stall_tp_btf"];
+const OBJECTS: [&str; 2] = ["disk_raw_tp", "stall_tp_btf"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     for path in ["programs/src", "programs/Cargo.toml", "programs/Cargo.lock", "common/src", RUSTC]

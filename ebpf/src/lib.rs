@@ -25,18 +25,25 @@
 //! | `probes` | attaching, reading, detaching |
 //! | `tier` | the ways to attach, best first, and why one is refused |
 //! | `objects` | the programs, compiled by `build.rs` from `programs/` |
+//! | `btf` | where the members of the kernel's structures lie |
+//! | `disk` | requests on the disks of a directory |
+//! | `device` | which disks these are |
 //! | `ranges` | which addresses count |
 //! | `reading` | what was counted, as plain structures |
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod btf;
+mod device;
+pub mod disk;
 mod objects;
 mod probes;
 mod ranges;
 mod reading;
 mod tier;
 
+pub use device::{DeviceError, Disk};
 pub use probes::{Options, ProbeError, Probes};
 pub use ranges::Range;
 pub use reading::{Histogram, Lost, Mode, Period, Reading, Stalls, Summary, ThreadStalls};

@@ -17,7 +17,7 @@ use crate::objects;
 use crate::ranges::RangeWords;
 
 /// The kernel's type information.
-const BTF: &str = "/sys/kernel/btf/vmlinux";
+pub(crate) const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// A way to measure stalls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -105,6 +105,12 @@ pub enum Cause {
     NoProgram {
         /// The program's name.
         program: &'static str,
+    },
+    /// Another kernel than we know.
+    #[error("the kernel's type information knows no {field}")]
+    NoField {
+        /// What was looked for.
+        field: &'static str,
     },
     /// The list of CPUs.
     #[error("cannot read which CPUs are online: {source}")]
@@ -214,7 +220,11 @@ fn attach_page_fault_ends(object: &mut Ebpf) -> Result<(), Cause> {
     Ok(())
 }
 
-fn program<'a, P>(object: &'a mut Ebpf, program: &'static str) -> Result<&'a mut P, Cause>
+/// A program of an object.
+pub(crate) fn program<'a, P>(
+    object: &'a mut Ebpf,
+    program: &'static str,
+) -> Result<&'a mut P, Cause>
 where
     &'a mut P: TryFrom<&'a mut Program>,
 {
@@ -222,10 +232,12 @@ where
     found.ok_or(Cause::NoProgram { program })
 }
 
-fn refused_load(program: &'static str) -> impl FnOnce(ProgramError) -> Cause {
+/// What a program that the kernel does not take is reported as.
+pub(crate) fn refused_load(program: &'static str) -> impl FnOnce(ProgramError) -> Cause {
     move |source| Cause::LoadProgram { program, source: Box::new(source) }
 }
 
-fn refused_attach(program: &'static str) -> impl FnOnce(ProgramError) -> Cause {
+/// What a program that the kernel does not attach is reported as.
+pub(crate) fn refused_attach(program: &'static str) -> impl FnOnce(ProgramError) -> Cause {
     move |source| Cause::Attach { program, source: Box::new(source) }
 }

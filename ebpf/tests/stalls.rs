@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod faults;
+mod privilege;
 
-use faults::{Memory, Timed, is_root};
+use faults::{Memory, Timed};
 use livesnap_ebpf::{Histogram, Options, Probes, Reading};
+use privilege::is_root;
 
 /// Rounded up to a whole number of rounds over the memory.
 const FAULTS: usize = 300_000;

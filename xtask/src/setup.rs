@@ -27,7 +27,7 @@ struct Need {
     from_backports: bool,
 }
 
-const NEEDS: [Need; 5] = [
+const NEEDS: [Need; 6] = [
     Need {
         package: "libclang-dev",
         reason: "the userfaultfd bindings are generated from the kernel's headers",
@@ -51,6 +51,12 @@ const NEEDS: [Need; 5] = [
         reason: "qemu-img and qemu-storage-daemon, for disks",
         is_met: || runs("qemu-img") && runs("qemu-storage-daemon"),
         from_backports: true,
+    },
+    Need {
+        package: "fio",
+        reason: "tests hold what the disk probe sees against what fio says it did",
+        is_met: || runs("fio"),
+        from_backports: false,
     },
     Need {
         package: "xz-utils",

@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod disk;
+
 /// Address ranges that the programs look at; see [`Range`].
 pub const RANGES_MAX: usize = 16;
 

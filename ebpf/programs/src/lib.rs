@@ -4,5 +4,9 @@
 //! The programs run in the kernel: on the thread that faults, inside its fault.
 
 #![no_std]
+// For `atomic`; aya-ebpf uses it as well.
+#![feature(asm_experimental_arch)]
 
+mod atomic;
+pub mod disk;
 pub mod stall;
