@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, MapError, PerCpuArray};
 use aya::programs::RawTracePoint;
-use aya::{BtfError, Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader};
 use livesnap_ebpf_common::HISTOGRAM_WORDS;
 use livesnap_ebpf_common::disk::{
     CLASSES, DISKS_MAX, ISSUER_OURS, OPERATION_FLUSH, OPERATION_READ, OPERATION_WRITE,
@@ -247,12 +247,8 @@ fn added(mut sum: TransferWords, other: &TransferWords) -> TransferWords {
 }
 
 fn raw_tp(disks: &[Disk], ours: u32) -> Result<Ebpf, Cause> {
-    let bytes = fs::read(BTF).map_err(|error| Cause::NoBtf {
-        path: BTF.into(),
-        source: Box::new(BtfError::FileError { path: BTF.into(), error }),
-    })?;
-    let types =
-        Types::parse(&bytes).ok_or(Cause::NoField { field: "types that livesnap knows" })?;
+    let bytes = fs::read(BTF).map_err(|source| Cause::NoBtf { path: BTF.into(), source })?;
+    let types = Types::parse(&bytes).ok_or(Cause::BadBtf { path: BTF.into() })?;
     let offsets = offsets(&types)?;
     if objects::DISK_RAW_TP.is_empty() {
         return Err(Cause::NotBuilt);

@@ -44,6 +44,8 @@ mod reading;
 mod tier;
 
 pub use device::{DeviceError, Disk};
+#[cfg(feature = "controls")]
+pub use probes::Controls;
 pub use probes::{Options, ProbeError, Probes};
 pub use ranges::Range;
 pub use reading::{Histogram, Lost, Mode, Period, Reading, Stalls, Summary, ThreadStalls};

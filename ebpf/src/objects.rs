@@ -4,5 +4,9 @@ use aya::include_bytes_aligned;
 
 /// Raw tracepoints of the block layer.
 pub const DISK_RAW_TP: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/disk_raw_tp.o"));
+
+/// All tiers but that of BTF tracepoints.
+pub const STALL: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/stall.o"));
+
 /// BTF tracepoints and task storage.
 pub const STALL_TP_BTF: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/stall_tp_btf.o"));

@@ -17,6 +17,27 @@ pub struct Options {
     pub tier: Option<Tier>,
     /// Type information of the kernel, where it is not at its usual place.
     pub btf: Option<PathBuf>,
+    /// Ways to go wrong, for tests that must be able to fail.
+    #[cfg(feature = "controls")]
+    pub controls: Controls,
+}
+
+/// Defects to order: the controls of the project's tests.
+#[cfg(feature = "controls")]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Controls {
+    /// Starts only: no end is seen.
+    pub without_ends: bool,
+}
+
+impl Options {
+    const fn has_ends(&self) -> bool {
+        #[cfg(feature = "controls")]
+        if self.controls.without_ends {
+            return false;
+        }
+        true
+    }
 }
 
 /// Probes of one process; dropping them detaches them.
@@ -57,8 +78,12 @@ impl Probes {
     /// # Errors
     /// [`ProbeError::Refused`] if no tier can be attached.
     pub fn attach(pid: u32, ranges: &[Range], options: &Options) -> Result<Self, ProbeError> {
-        let request =
-            Request { tgid: pid, ranges: ranges::words(ranges), btf: options.btf.as_deref() };
+        let request = Request {
+            tgid: pid,
+            ranges: ranges::words(ranges),
+            btf: options.btf.as_deref(),
+            has_ends: options.has_ends(),
+        };
         let mut refusals = Vec::new();
         for tier in
             Tier::ALL.into_iter().filter(|tier| options.tier.is_none_or(|only| only == *tier))

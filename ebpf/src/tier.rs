@@ -4,45 +4,72 @@
 //! says when it is asked is not to be trusted. So a tier is a function that loads *and* attaches.
 
 use std::fmt;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
-use aya::programs::{BtfTracePoint, PerfEvent, Program, ProgramError};
+use aya::programs::{
+    BtfTracePoint, FEntry, FExit, KProbe, PerfEvent, Program, ProgramError, RawTracePoint,
+    TracePoint,
+};
 use aya::util::online_cpus;
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
 use serde::Serialize;
 
+use crate::btf::Types;
 use crate::objects;
 use crate::ranges::RangeWords;
 
 /// The kernel's type information.
 pub(crate) const BTF: &str = "/sys/kernel/btf/vmlinux";
+/// The kernel's function in which a thread waits for a userfaultfd.
+const HANDLE_USERFAULT: &str = "handle_userfault";
+/// The tracepoints of page faults in user mode and in the kernel, of the group `exceptions`.
+const PAGE_FAULTS: [&str; 2] = ["page_fault_user", "page_fault_kernel"];
 
-/// A way to measure stalls.
+/// A way to measure stalls. The order is by what was measured: see docs/probes.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tier {
-    /// BTF tracepoints at the exception, the start kept in the thread's own storage.
+    /// Entry to and exit from the kernel's `handle_userfault`: sees every wait, also in the kernel's own accesses
+    /// and those of KVM, and nothing else; not the way from the exception and back to the thread.
+    Fentry,
+    /// BTF tracepoints at the exception, the start kept in the thread's own storage; perf's events at the end.
     TpBtf,
+    /// As `Fentry`, by breakpoints: on some kernels only a few threads at a time are seen to return.
+    Kprobe,
+    /// As `TpBtf`, by raw tracepoints, the start kept by thread id: needs no BTF.
+    RawTp,
+    /// As `RawTp`, by tracepoints of tracefs.
+    Tracepoint,
 }
 
 impl Tier {
     /// All of them, best first.
-    pub const ALL: [Self; 1] = [Self::TpBtf];
+    pub const ALL: [Self; 5] =
+        [Self::Fentry, Self::TpBtf, Self::Kprobe, Self::RawTp, Self::Tracepoint];
 
     /// The word for people and programs.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
+            Self::Fentry => "fentry",
             Self::TpBtf => "tp-btf",
+            Self::Kprobe => "kprobe",
+            Self::RawTp => "raw-tp",
+            Self::Tracepoint => "tracepoint",
         }
     }
 
     /// Loads and attaches.
     pub(crate) fn attach(self, request: &Request<'_>) -> Result<Ebpf, Cause> {
         match self {
+            Self::Fentry => fentry(request),
             Self::TpBtf => tp_btf(request),
+            Self::Kprobe => kprobe(request),
+            Self::RawTp => raw_tp(request),
+            Self::Tracepoint => tracepoint(request),
         }
     }
 }
@@ -75,11 +102,17 @@ pub enum Cause {
     NoBtf {
         /// Where it should be.
         path: PathBuf,
-        /// What aya found.
-        source: Box<aya::BtfError>,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// BTF that is none.
+    #[error("the kernel's type information in {path} is not understood")]
+    BadBtf {
+        /// Where it was read.
+        path: PathBuf,
     },
     /// The object as a whole.
-    #[error("the maps of the programs cannot be made: {}", innermost(source))]
+    #[error("the maps of the programs cannot be made: {}{}", innermost(source), advice(source))]
     Load {
         /// What aya found.
         source: Box<EbpfError>,
@@ -158,51 +191,148 @@ pub struct Request<'a> {
     pub ranges: RangeWords,
     /// Where to read BTF instead of from the kernel.
     pub btf: Option<&'a Path>,
+    /// Whether to attach what sees the ends.
+    pub has_ends: bool,
+}
+
+/// Offsets in the kernel's `struct vm_fault`, in bytes.
+#[derive(Default)]
+struct VmFault {
+    address: u32,
+    flags: u32,
+}
+
+/// The kernel's type information, for us and for aya.
+struct KernelTypes {
+    btf: Btf,
+    bytes: Vec<u8>,
+}
+
+impl KernelTypes {
+    fn vm_fault(&self) -> Result<VmFault, Cause> {
+        let types = Types::parse(&self.bytes);
+        let offset = |member, field| {
+            let found = types.as_ref().and_then(|types| types.offset_of("vm_fault", member));
+            found.ok_or(Cause::NoField { field })
+        };
+        Ok(VmFault {
+            address: offset("address", "vm_fault.address")?,
+            flags: offset("flags", "vm_fault.flags")?,
+        })
+    }
 }
 
 impl Request<'_> {
-    fn btf(&self) -> Result<Btf, Cause> {
-        match self.btf {
-            None => Btf::from_sys_fs(),
-            Some(path) => Btf::parse_file(path, aya::Endianness::default()),
+    fn kernel_types(&self) -> Result<KernelTypes, Cause> {
+        let path = self.btf.unwrap_or(Path::new(BTF)).to_owned();
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(source) => return Err(Cause::NoBtf { path, source }),
+        };
+        // aya takes anything for BTF.
+        let btf =
+            Types::parse(&bytes).and_then(|_| Btf::parse(&bytes, aya::Endianness::default()).ok());
+        match btf {
+            Some(btf) => Ok(KernelTypes { btf, bytes }),
+            None => Err(Cause::BadBtf { path }),
         }
-        .map_err(|source| Cause::NoBtf {
-            path: self.btf.unwrap_or(Path::new(BTF)).to_owned(),
-            source: Box::new(source),
-        })
     }
 
     /// An object with its maps, its programs not loaded yet.
-    fn object(&self, bytes: &[u8], btf: Option<&Btf>) -> Result<Ebpf, Cause> {
+    fn object(&self, bytes: &[u8], offsets: &VmFault) -> Result<Ebpf, Cause> {
         if bytes.is_empty() {
             return Err(Cause::NotBuilt);
         }
         EbpfLoader::new()
-            .btf(btf)
+            // Nothing to relocate.
+            .btf(None)
             // Task storage, which aya has no type for; only the programs use it.
             .allow_unsupported_maps()
             .override_global("TGID", &self.tgid, true)
             .override_global("RANGES", &self.ranges, true)
+            .override_global("VM_FAULT_ADDRESS", &offsets.address, false)
+            .override_global("VM_FAULT_FLAGS", &offsets.flags, false)
             .load(bytes)
             .map_err(|source| Cause::Load { source: Box::new(source) })
     }
 }
 
-fn tp_btf(request: &Request<'_>) -> Result<Ebpf, Cause> {
-    let btf = request.btf()?;
-    let mut object = request.object(objects::STALL_TP_BTF, Some(&btf))?;
+fn fentry(request: &Request<'_>) -> Result<Ebpf, Cause> {
+    const ENTRY: &str = "fentry_handle_userfault";
+    const EXIT: &str = "fexit_handle_userfault";
+    let types = request.kernel_types()?;
+    let mut object = request.object(objects::STALL, &types.vm_fault()?)?;
     // The ends first: a start that no end can follow would stay.
-    attach_page_fault_ends(&mut object)?;
-    for name in ["page_fault_user", "page_fault_kernel"] {
+    if request.has_ends {
+        let exit: &mut FExit = program(&mut object, EXIT)?;
+        exit.load(HANDLE_USERFAULT, &types.btf).map_err(refused_load(EXIT))?;
+        exit.attach().map_err(refused_attach(EXIT))?;
+    }
+    let entry: &mut FEntry = program(&mut object, ENTRY)?;
+    entry.load(HANDLE_USERFAULT, &types.btf).map_err(refused_load(ENTRY))?;
+    entry.attach().map_err(refused_attach(ENTRY))?;
+    Ok(object)
+}
+
+fn tp_btf(request: &Request<'_>) -> Result<Ebpf, Cause> {
+    let types = request.kernel_types()?;
+    let mut object = request.object(objects::STALL_TP_BTF, &VmFault::default())?;
+    if request.has_ends {
+        attach_page_fault_ends(&mut object)?;
+    }
+    for name in PAGE_FAULTS {
         let program: &mut BtfTracePoint = program(&mut object, name)?;
-        program.load(name, &btf).map_err(refused_load(name))?;
+        program.load(name, &types.btf).map_err(refused_load(name))?;
         program.attach().map_err(refused_attach(name))?;
     }
     Ok(object)
 }
 
-/// Has `page_fault_end` run whenever a page fault is done. The kernel counts one that had to wait as major or as
-/// minor, depending on its version, so both. For each CPU: an event of a task costs at every context switch.
+fn kprobe(request: &Request<'_>) -> Result<Ebpf, Cause> {
+    let types = request.kernel_types()?;
+    let mut object = request.object(objects::STALL, &types.vm_fault()?)?;
+    let exit = request.has_ends.then_some("kretprobe_handle_userfault");
+    for name in exit.into_iter().chain(["kprobe_handle_userfault"]) {
+        let program: &mut KProbe = program(&mut object, name)?;
+        program.load().map_err(refused_load(name))?;
+        program.attach(HANDLE_USERFAULT, 0).map_err(refused_attach(name))?;
+    }
+    Ok(object)
+}
+
+fn raw_tp(request: &Request<'_>) -> Result<Ebpf, Cause> {
+    let mut object = request.object(objects::STALL, &VmFault::default())?;
+    if request.has_ends {
+        attach_page_fault_ends(&mut object)?;
+    }
+    for (name, event) in
+        [("raw_page_fault_user", PAGE_FAULTS[0]), ("raw_page_fault_kernel", PAGE_FAULTS[1])]
+    {
+        let program: &mut RawTracePoint = program(&mut object, name)?;
+        program.load().map_err(refused_load(name))?;
+        program.attach(event).map_err(refused_attach(name))?;
+    }
+    Ok(object)
+}
+
+fn tracepoint(request: &Request<'_>) -> Result<Ebpf, Cause> {
+    let mut object = request.object(objects::STALL, &VmFault::default())?;
+    if request.has_ends {
+        attach_page_fault_ends(&mut object)?;
+    }
+    for (name, event) in
+        [("trace_page_fault_user", PAGE_FAULTS[0]), ("trace_page_fault_kernel", PAGE_FAULTS[1])]
+    {
+        let program: &mut TracePoint = program(&mut object, name)?;
+        program.load().map_err(refused_load(name))?;
+        program.attach("exceptions", event).map_err(refused_attach(name))?;
+    }
+    Ok(object)
+}
+
+/// Has `page_fault_end` run whenever a page fault is done. The kernel counts one that had to wait as major, since it
+/// waits under the lock of its mapping alone (6.6) as minor, so both. Before the starts: one that no end can follow would
+/// stay. For each CPU: an event of a task costs at every context switch.
 fn attach_page_fault_ends(object: &mut Ebpf) -> Result<(), Cause> {
     const NAME: &str = "page_fault_end";
     let cpus = online_cpus().map_err(|(_, source)| Cause::Cpus { source })?;

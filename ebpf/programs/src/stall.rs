@@ -1,12 +1,16 @@
-//! How long write-protect faults keep threads: what starts count as, and where durations are counted.
+//! How long write-protect faults keep threads: which faults count, and where durations are counted.
 //!
 //! A thread is in one fault at a time. Start and end run on that thread, so its start and its histograms have
 //! one writer and need no atomics.
 
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_perf_event_data;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
+use aya_ebpf::programs::PerfEventContext;
 use livesnap_ebpf_common::{
-    HISTOGRAMS_MAX, Histogram, HistogramKey, Mode, RANGES_MAX, Start, class_of, counter,
+    HISTOGRAMS_MAX, Histogram, HistogramKey, Mode, RANGES_MAX, STARTS_MAX, Start, class_of,
+    counter,
 };
 
 /// Bits of the error code of an x86 page fault: the page is present, and was written to.
@@ -57,6 +61,68 @@ macro_rules! stall_maps {
     };
 }
 
+/// Where the fault that a thread is in is remembered.
+pub trait Starts {
+    /// That of the running thread `tid`, if it ever had one.
+    fn of_thread(&'static self, tid: u32) -> Option<&'static mut Start>;
+
+    /// The same; makes it, empty, if there is none.
+    fn of_thread_or_new(&'static self, tid: u32) -> Option<&'static mut Start>;
+}
+
+/// By thread id. Entries stay, for making and removing them costs more than a fault should.
+pub type StartsByThread = HashMap<u32, Start, STARTS_MAX>;
+
+impl Starts for StartsByThread {
+    #[inline(always)]
+    fn of_thread(&'static self, tid: u32) -> Option<&'static mut Start> {
+        // SAFETY: entries are never removed, and only the thread itself uses its own.
+        self.get_ptr_mut(tid).map(|start| unsafe { &mut *start })
+    }
+
+    #[inline(always)]
+    fn of_thread_or_new(&'static self, tid: u32) -> Option<&'static mut Start> {
+        if let Some(start) = self.of_thread(tid) {
+            return Some(start);
+        }
+        self.insert(tid, Start { at_ns: 0, address: 0, class: 0 }, 0).ok()?;
+        self.of_thread(tid)
+    }
+}
+
+/// A fault begins: an exception with an x86 error code.
+#[inline(always)]
+pub fn exception(maps: &Maps, starts: &'static impl Starts, mode: Mode, address: u64, code: u64) {
+    let Some(tid) = thread_of_interest() else { return };
+    if code & PRESENT_AND_WRITE == PRESENT_AND_WRITE && is_in_ranges(address) {
+        begin(maps, starts, tid, address, mode);
+    }
+}
+
+/// Notes that a fault of the running thread begins.
+#[inline(always)]
+pub fn begin(maps: &Maps, starts: &'static impl Starts, tid: u32, address: u64, mode: Mode) {
+    match starts.of_thread_or_new(tid) {
+        Some(start) => maps.begin(start, address, mode),
+        None => maps.count(counter::MAP_FULL),
+    }
+}
+
+/// A page fault is done: perf's event tells at which address.
+#[inline(always)]
+pub fn page_fault_end(maps: &Maps, starts: &'static impl Starts, ctx: &PerfEventContext) {
+    let Some(tid) = thread_of_interest() else { return };
+    // SAFETY: the context of this kind of program.
+    let address = unsafe { (*ctx.as_ptr().cast::<bpf_perf_event_data>()).addr };
+    if !is_in_ranges(address) {
+        return;
+    }
+    match starts.of_thread(tid) {
+        Some(start) if start.at_ns != 0 && start.address == address => maps.end(start, tid),
+        _ => maps.count(counter::END_WITHOUT_START),
+    }
+}
+
 /// The id of the running thread, if it belongs to the process that is looked at.
 #[inline(always)]
 pub fn thread_of_interest() -> Option<u32> {
@@ -64,12 +130,6 @@ pub fn thread_of_interest() -> Option<u32> {
     // SAFETY: a static of ours; volatile because the loader sets it in the object, unseen by the compiler.
     let tgid = unsafe { core::ptr::read_volatile(&raw const TGID) };
     ((ids >> 32) as u32 == tgid).then_some(ids as u32)
-}
-
-/// Whether a fault wrote to a present page in the ranges.
-#[inline(always)]
-pub fn is_write_protect(address: u64, error_code: u64) -> bool {
-    error_code & PRESENT_AND_WRITE == PRESENT_AND_WRITE && is_in_ranges(address)
 }
 
 /// Whether an address lies in the ranges.

@@ -1,18 +1,23 @@
 //! Write-protect faults whose length is known: a thread writes to protected memory and times each write by its own
 //! clock, and another one lets the writes through. For the tests of the probes, and for the measure of their cost.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::fs::File;
+use std::io::Read as _;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
 use livesnap_ebpf::Range;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 const PAGE_BYTES: usize = 4096;
 const PAGES: usize = 1024;
+/// Longest time between two faults.
+const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 #[repr(align(4096))]
-struct Page([AtomicU64; PAGE_BYTES / 8]);
+struct Page([AtomicU8; PAGE_BYTES]);
 
 /// Memory under userfaultfd.
 pub struct Memory {
@@ -44,9 +49,11 @@ impl Memory {
     /// Present, registered, not protected yet.
     pub fn new() -> userfaultfd::Result<Self> {
         let pages: Vec<Page> =
-            (0..PAGES).map(|_| Page(std::array::from_fn(|_| AtomicU64::new(1)))).collect();
+            (0..PAGES).map(|_| Page(std::array::from_fn(|_| AtomicU8::new(1)))).collect();
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
+            .non_blocking(true)
+            .user_mode_only(false)
             .require_features(FeatureFlags::PAGEFAULT_FLAG_WP)
             .create()?;
         let memory = Self { pages, uffd };
@@ -72,24 +79,27 @@ impl Memory {
     pub fn fault(&self, count: usize, writer: usize, handler: usize) -> Timed {
         let rounds = count.div_ceil(PAGES);
         std::thread::scope(|scope| {
-            scope.spawn(|| self.serve(rounds * PAGES, handler));
+            scope.spawn(|| serve(&self.uffd, rounds * PAGES, handler));
             let timed = scope.spawn(|| self.write(rounds, writer));
             timed.join().unwrap()
         })
     }
 
-    fn serve(&self, count: usize, cpu: usize) {
-        pin(cpu);
-        let mut buffer = EventBuffer::new(16);
-        let mut served = 0;
-        while served < count {
-            for event in self.uffd.read_events(&mut buffer).unwrap() {
-                let Event::Pagefault { addr, .. } = event.unwrap() else { continue };
-                let page = (addr as usize & !(PAGE_BYTES - 1)) as *mut std::ffi::c_void;
-                self.uffd.remove_write_protection(page, PAGE_BYTES, true).unwrap();
-                served += 1;
+    /// Has a system call write to each page; returns how many those are.
+    #[allow(dead_code, reason = "not every user of this module does so")]
+    pub fn fault_in_system_calls(&mut self) -> usize {
+        let (start, len) = (self.start(), PAGES * PAGE_BYTES);
+        let zeros = File::open("/dev/zero").unwrap();
+        let Self { pages, uffd } = self;
+        std::thread::scope(|scope| {
+            scope.spawn(|| serve(uffd, PAGES, 0));
+            uffd.write_protect(start, len).unwrap();
+            for page in pages {
+                let byte = std::slice::from_mut(page.0[0].get_mut());
+                assert_eq!((&zeros).read(byte).unwrap(), 1);
             }
-        }
+        });
+        PAGES
     }
 
     fn write(&self, rounds: usize, cpu: usize) -> Timed {
@@ -106,6 +116,24 @@ impl Memory {
         durations.sort_unstable();
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
         Timed { tid, sorted_ns: durations }
+    }
+}
+
+/// Lets `count` faults through, on one CPU.
+fn serve(uffd: &Uffd, count: usize, cpu: usize) {
+    pin(cpu);
+    let mut buffer = EventBuffer::new(16);
+    let mut served = 0;
+    while served < count {
+        // Rather fail than wait for ever if the writer has failed.
+        let mut readable = [PollFd::new(uffd, PollFlags::IN)];
+        assert_ne!(poll(&mut readable, Some(&PATIENCE)).unwrap(), 0, "{served} of {count} faults");
+        for event in uffd.read_events(&mut buffer).unwrap() {
+            let Event::Pagefault { addr, .. } = event.unwrap() else { continue };
+            let page = (addr as usize & !(PAGE_BYTES - 1)) as *mut std::ffi::c_void;
+            uffd.remove_write_protection(page, PAGE_BYTES, true).unwrap();
+            served += 1;
+        }
     }
 }
 

@@ -77,12 +77,4 @@ fn offset(index: usize) -> u32 {
     unsafe { core::ptr::read_volatile((&raw const OFFSETS).cast::<u32>().add(index)) }
 }
 
-#[cfg(not(test))]
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+livesnap_ebpf_programs::program_file!();

@@ -4,16 +4,14 @@
 #![no_std]
 #![no_main]
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_F_NO_PREALLOC, BPF_LOCAL_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_TASK_STORAGE,
-    bpf_perf_event_data,
 };
 use aya_ebpf::helpers::{bpf_get_current_task_btf, generated::bpf_task_storage_get};
 use aya_ebpf::macros::{btf_map, btf_tracepoint, perf_event};
 use aya_ebpf::programs::{BtfTracePointContext, PerfEventContext};
-use livesnap_ebpf_common::{MODE_KERNEL, MODE_USER, Mode, Start, counter};
-use livesnap_ebpf_programs::stall::{is_in_ranges, is_write_protect, thread_of_interest};
+use livesnap_ebpf_common::{MODE_KERNEL, MODE_USER, Start};
+use livesnap_ebpf_programs::stall::{self, Starts};
 
 livesnap_ebpf_programs::stall_maps!();
 
@@ -55,57 +53,37 @@ impl<T> TaskStorage<T> {
     }
 }
 
+impl Starts for TaskStorage<Start> {
+    #[inline(always)]
+    fn of_thread(&'static self, _: u32) -> Option<&'static mut Start> {
+        self.of_this_thread(0)
+    }
+
+    #[inline(always)]
+    fn of_thread_or_new(&'static self, _: u32) -> Option<&'static mut Start> {
+        self.of_this_thread(BPF_LOCAL_STORAGE_GET_F_CREATE)
+    }
+}
+
 #[btf_map]
 static STARTS: TaskStorage<Start> = TaskStorage::new();
 
 #[btf_tracepoint]
 pub fn page_fault_user(ctx: BtfTracePointContext) -> i32 {
-    start(&ctx, MODE_USER)
+    stall::exception(&MAPS, &STARTS, MODE_USER, ctx.arg(0), ctx.arg(2));
+    0
 }
 
 #[btf_tracepoint]
 pub fn page_fault_kernel(ctx: BtfTracePointContext) -> i32 {
-    start(&ctx, MODE_KERNEL)
-}
-
-#[inline(always)]
-fn start(ctx: &BtfTracePointContext, mode: Mode) -> i32 {
-    if thread_of_interest().is_none() {
-        return 0;
-    }
-    let (address, error_code) = (ctx.arg::<u64>(0), ctx.arg::<u64>(2));
-    if !is_write_protect(address, error_code) {
-        return 0;
-    }
-    match STARTS.of_this_thread(BPF_LOCAL_STORAGE_GET_F_CREATE) {
-        Some(start) => MAPS.begin(start, address, mode),
-        None => MAPS.count(counter::MAP_FULL),
-    }
+    stall::exception(&MAPS, &STARTS, MODE_KERNEL, ctx.arg(0), ctx.arg(2));
     0
 }
 
-/// A page fault is done: the event tells at which address.
 #[perf_event]
 pub fn page_fault_end(ctx: PerfEventContext) -> i32 {
-    let Some(tid) = thread_of_interest() else { return 0 };
-    // SAFETY: the context of this kind of program.
-    let address = unsafe { (*ctx.as_ptr().cast::<bpf_perf_event_data>()).addr };
-    if !is_in_ranges(address) {
-        return 0;
-    }
-    match STARTS.of_this_thread(0) {
-        Some(start) if start.at_ns != 0 && start.address == address => MAPS.end(start, tid),
-        _ => MAPS.count(counter::END_WITHOUT_START),
-    }
+    stall::page_fault_end(&MAPS, &STARTS, &ctx);
     0
 }
 
-#[cfg(not(test))]
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+livesnap_ebpf_programs::program_file!();
