@@ -1,6 +1,7 @@
 //! How a command fails: one sentence for people, one word for programs.
 
 use serde_json::json;
+use snapshot_core::dirty_rate::DirtyRateError;
 use snapshot_core::image::ImageError;
 use snapshot_core::{Phase, Reason, SessionError};
 
@@ -60,6 +61,12 @@ impl From<SessionError> for Failure {
 
 impl From<ImageError> for Failure {
     fn from(error: ImageError) -> Self {
+        Self::new(error.reason(), error)
+    }
+}
+
+impl From<DirtyRateError> for Failure {
+    fn from(error: DirtyRateError) -> Self {
         Self::new(error.reason(), error)
     }
 }

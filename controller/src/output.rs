@@ -8,19 +8,32 @@ use crate::Failure;
 
 /// Writes `text` and a line feed to standard output. Nobody listening any more is not an error.
 pub fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
+    heard_line(text).map(drop)
+}
+
+/// The same, and tells whether somebody still listens.
+pub fn heard_line(text: impl std::fmt::Display) -> Result<bool, Failure> {
     match writeln!(io::stdout().lock(), "{text}") {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => {
             Err(Failure::new(Reason::Io, format!("could not write to standard output: {error}")))
         }
-        _ => Ok(()),
     }
 }
 
 /// Writes `value` as JSON to standard output.
 pub fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Failure::new(Reason::Internal, format!("cannot make JSON: {error}")))?;
-    line(text)
+    line(serde_json::to_string_pretty(value).map_err(no_json)?)
+}
+
+fn no_json(error: serde_json::Error) -> Failure {
+    Failure::new(Reason::Internal, format!("cannot make JSON: {error}"))
+}
+
+/// `value` as one line of JSON.
+pub fn json_line(value: &impl serde::Serialize) -> Result<String, Failure> {
+    serde_json::to_string(value).map_err(no_json)
 }
 
 /// Writes one line to standard error.

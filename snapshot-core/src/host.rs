@@ -31,6 +31,8 @@ pub struct Userfaultfd {
     pub protects_shared: bool,
     /// Write-protects pages that do not exist yet, which must otherwise be populated first. Linux 6.4.
     pub protects_holes: bool,
+    /// Lets writes through and remembers them, which the [dirty rate](crate::dirty_rate) needs. Linux 6.7.
+    pub tracks_writes: bool,
 }
 
 /// Creates a userfaultfd and asks for its features.
@@ -46,6 +48,7 @@ pub fn userfaultfd() -> io::Result<Userfaultfd> {
         protects: offered.contains(Features::REQUIRED),
         protects_shared: offered.contains(Features::SHARED),
         protects_holes: offered.contains(Features::UNPOPULATED),
+        tracks_writes: Features::can_track_writes()?,
     })
 }
 

@@ -36,6 +36,7 @@ mod arm;
 mod buffer;
 mod capture;
 mod chunk;
+pub mod dirty_rate;
 mod fault;
 mod histogram;
 pub mod host;

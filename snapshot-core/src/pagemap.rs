@@ -1,15 +1,21 @@
 //! What `/proc/PID/pagemap` tells of a page: is it there, and does its write protection stand?
 //!
-//! Source: `Documentation/admin-guide/mm/pagemap.rst`; the uffd-wp bit exists since Linux 5.13.
+//! Source: `Documentation/admin-guide/mm/pagemap.rst`; the uffd-wp bit exists since Linux 5.13, scanning since 6.7.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
+use linux_raw_sys::general::{
+    PAGE_IS_FILE, PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN,
+    PM_SCAN_WP_MATCHING,
+};
 use rustix::process::Pid;
 
 use crate::address::{HostVirtAddr, PAGE_BYTES, as_index};
 use crate::chunk::CHUNK_PAGES_MAX;
+use crate::sys::pagemap_scan::{Query, scan};
 
 const ENTRY_BYTES: usize = 8;
 const BYTES_MAX: usize = as_index(CHUNK_PAGES_MAX) * ENTRY_BYTES;
@@ -101,6 +107,50 @@ impl Pagemap {
         self.file.read_exact_at(&mut into.bytes[..count * ENTRY_BYTES], offset)?;
         into.count = count;
         Ok(())
+    }
+
+    /// How many pages exist whose write protection does not stand: where all was protected before, those that
+    /// were written to since. A page that was only read into being, and so is the kernel's zero page, is none.
+    ///
+    /// # Errors
+    /// As [`scan`].
+    pub fn count_written(&self, start: HostVirtAddr, len_bytes: u64) -> io::Result<u64> {
+        let written = Query {
+            all_of: PAGE_IS_WRITTEN,
+            none_of: PAGE_IS_PFNZERO,
+            // Where there is not even a page table, the kernel says "written".
+            any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            flags: 0,
+        };
+        scan(self.file.as_fd(), start, len_bytes, written)
+    }
+
+    /// Whether anonymous memory there is mapped by transparent huge pages.
+    ///
+    /// # Errors
+    /// As [`scan`].
+    pub fn has_anonymous_huge_pages(
+        &self,
+        start: HostVirtAddr,
+        len_bytes: u64,
+    ) -> io::Result<bool> {
+        let huge = Query { all_of: PAGE_IS_HUGE, none_of: PAGE_IS_FILE, any_of: 0, flags: 0 };
+        Ok(scan(self.file.as_fd(), start, len_bytes, huge)? > 0)
+    }
+
+    /// Write-protects the pages that exist, and leaves no marker where none does. The range must be registered with a
+    /// context that lets writes through.
+    ///
+    /// # Errors
+    /// As [`scan`].
+    pub fn protect_existing(&self, start: HostVirtAddr, len_bytes: u64) -> io::Result<()> {
+        let existing = Query {
+            all_of: 0,
+            none_of: 0,
+            any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            flags: PM_SCAN_WP_MATCHING,
+        };
+        scan(self.file.as_fd(), start, len_bytes, existing).map(drop)
     }
 }
 

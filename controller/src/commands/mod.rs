@@ -8,6 +8,7 @@ mod inspect;
 mod restore;
 mod snapshot;
 mod verify;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ pub struct ReadArgs {
 pub enum Command {
     Demo(demo::Args),
     Doctor(doctor::Args),
+    Watch(watch::Args),
     Snapshot(snapshot::Args),
     Restore(restore::Args),
     /// Check a snapshot's checksums and structure, and that its disk images are unchanged
@@ -55,6 +57,7 @@ impl Command {
         let done = match self {
             Self::Demo(args) => demo::run(&args),
             Self::Doctor(args) => doctor::run(args),
+            Self::Watch(args) => watch::run(args),
             Self::Snapshot(args) => snapshot::run(args),
             Self::Restore(args) => restore::run(args),
             Self::Verify(args) => verify::run(&args),

@@ -3,6 +3,7 @@
 //! The only module that may use `unsafe`. Nothing here decides anything: policy lives in the callers.
 
 pub mod memory;
+pub mod pagemap_scan;
 pub mod ptrace;
 pub mod signals;
 #[cfg(test)]

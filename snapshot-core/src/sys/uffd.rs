@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use linux_raw_sys::general::{
     UFFD_API, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
-    UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
-    uffdio_api,
+    UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    UFFD_FEATURE_WP_UNPOPULATED, uffdio_api,
 };
 use linux_raw_sys::ioctl::UFFDIO_API;
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
@@ -44,6 +44,17 @@ impl Features {
     pub const SHARED: Self = Self(UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64);
     /// Protection of pages that do not exist yet; Linux 6.4.
     pub const UNPOPULATED: Self = Self(UFFD_FEATURE_WP_UNPOPULATED as u64);
+    /// Write faults, and nothing else, for those who serve them.
+    pub const FAULTS: Self = Self(UFFD_FEATURE_PAGEFAULT_FLAG_WP as u64);
+    /// Writes go through, and the page table remembers them; includes [`UNPOPULATED`](Self::UNPOPULATED).
+    /// Linux 6.7.
+    pub const ASYNC: Self = Self(UFFD_FEATURE_WP_ASYNC as u64);
+
+    /// Both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 
     /// Whether all bits of `other` are set.
     #[must_use]
@@ -51,15 +62,28 @@ impl Features {
         self.0 & other.0 == other.0
     }
 
-    /// What of the above this kernel offers.
+    /// What this kernel offers of the features that a snapshot uses: not [`ASYNC`](Self::ASYNC), for a write that goes
+    /// through cannot be undone.
     ///
     /// # Errors
     /// `EPERM` or `EACCES` without the privilege to create a context, `ENOENT`/`ENOSYS` without support.
     pub fn of_this_kernel() -> io::Result<Self> {
+        let offered = Self::all_of_this_kernel()?;
+        Ok(Self(offered.0 & (Self::REQUIRED.0 | Self::SHARED.0 | Self::UNPOPULATED.0)))
+    }
+
+    /// Whether this kernel has [`ASYNC`](Self::ASYNC).
+    ///
+    /// # Errors
+    /// As [`of_this_kernel`](Self::of_this_kernel).
+    pub fn can_track_writes() -> io::Result<bool> {
+        Ok(Self::all_of_this_kernel()?.contains(Self::ASYNC))
+    }
+
+    fn all_of_this_kernel() -> io::Result<Self> {
         // A context accepts UFFDIO_API once, so the probe needs one of its own.
         let fd = create_local()?;
-        let offered = handshake(fd.as_fd(), Self(0))?;
-        Ok(Self(offered.0 & (Self::REQUIRED.0 | Self::SHARED.0 | Self::UNPOPULATED.0)))
+        handshake(fd.as_fd(), Self(0))
     }
 }
 
@@ -249,5 +273,17 @@ fn into_io(error: userfaultfd::Error) -> io::Error {
         userfaultfd::Error::SystemError(errno) => io::Error::from_raw_os_error(errno as i32),
         userfaultfd::Error::OpenDevUserfaultfd(error) => error,
         other => io::Error::new(io::ErrorKind::InvalidData, other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_never_offered_to_let_writes_through() {
+        // Without the privilege there is nothing to offer.
+        let offered = Features::of_this_kernel().unwrap_or(Features(0));
+        assert!(!offered.contains(Features::ASYNC), "{offered:?}");
     }
 }

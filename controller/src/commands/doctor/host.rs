@@ -97,6 +97,11 @@ fn userfaultfd(found: &io::Result<Userfaultfd>) -> Finding {
             "does not protect memory that does not exist yet: a guest's untouched memory is populated first",
             "use Linux 6.4 or later",
         ),
+        Ok(Userfaultfd { tracks_writes: false, .. }) => Finding::degraded(
+            SUBJECT,
+            "does not let writes through and remember them: `livesnap watch` is refused",
+            "use Linux 6.7 or later",
+        ),
         Ok(_) => Finding::ok(
             SUBJECT,
             "/dev/userfaultfd; protects anonymous, shared, pooled and not yet existing memory",
@@ -289,6 +294,7 @@ mod tests {
         protects: true,
         protects_shared: true,
         protects_holes: true,
+        tracks_writes: true,
     };
 
     /// Whatever is not ok has a remedy, and whatever is unfit a reason.
@@ -302,6 +308,7 @@ mod tests {
     fn userfaultfd_is_judged_by_what_is_missing() {
         for (found, expected) in [
             (Ok(FULL), Fit),
+            (Ok(Userfaultfd { tracks_writes: false, ..FULL }), Degraded),
             (Ok(Userfaultfd { protects_holes: false, ..FULL }), Degraded),
             (Ok(Userfaultfd { protects_shared: false, ..FULL }), Degraded),
             (Ok(Userfaultfd { protects: false, ..FULL }), Unfit),

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 
 use self::device_state::{DeviceStateError, Slot};
 use self::disks::{DiskError, Disks};
-use self::preflight::{Refusal, Survey};
+use self::preflight::{Purpose, Refusal, Survey};
 use self::qmp::{Event, Qmp, QmpError};
 use self::ram_blocks::RamBlocksError;
 use super::attach::Source;
@@ -103,8 +103,11 @@ pub enum QemuError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The preflight found what forbids a snapshot.
-    #[error("{}", preflight::in_words(.0))]
+    #[error("{}", preflight::in_words(Purpose::Snapshot, .0))]
     Refused(Vec<Refusal>),
+    /// The preflight found what forbids measuring the dirty rate.
+    #[error("{}", preflight::in_words(Purpose::DirtyRate, .0))]
+    Unmeasurable(Vec<Refusal>),
     /// The kernel does not tell who serves the socket.
     #[error(
         "cannot tell which process serves the QMP socket {path}: it lies outside this PID namespace; give its process id"
@@ -192,7 +195,7 @@ impl QemuError {
             }
             Self::DeviceState(DeviceStateError::Buffer(_)) | Self::NotPaused => Reason::Internal,
             Self::Disk(error) => error.reason(),
-            Self::Refused(refusals) => {
+            Self::Refused(refusals) | Self::Unmeasurable(refusals) => {
                 refusals.first().map_or(Reason::Internal, |refusal| refusal.reason)
             }
             Self::Mapping(_)
@@ -294,11 +297,28 @@ impl QemuVmm {
     /// # Errors
     /// [`QemuError::Refused`] with all that the preflight found, or if QEMU cannot be asked.
     pub fn attach(options: QemuOptions) -> Result<Self, QemuError> {
+        Self::attach_for(options, Purpose::Snapshot)
+    }
+
+    /// Connects, checks everything that can forbid measuring the [dirty rate](crate::dirty_rate), and starts the
+    /// guard. Nothing of the guest is touched.
+    ///
+    /// # Errors
+    /// [`QemuError::Unmeasurable`] with all that the preflight found, or if QEMU cannot be asked.
+    pub fn attach_to_measure(options: QemuOptions) -> Result<Self, QemuError> {
+        Self::attach_for(options, Purpose::DirtyRate)
+    }
+
+    fn attach_for(options: QemuOptions, purpose: Purpose) -> Result<Self, QemuError> {
         let mut qmp = Qmp::connect(&options.qmp_socket, options.command_timeout)?;
         let process = QemuProcess::of(&qmp, &options)?;
         let survey = preflight::survey(&mut qmp, &process, &options)?;
-        if !survey.refusals.is_empty() {
-            return Err(QemuError::Refused(survey.refusals));
+        let refusals = purpose.forbidden_by(survey.refusals);
+        if !refusals.is_empty() {
+            return Err(match purpose {
+                Purpose::Snapshot => QemuError::Refused(refusals),
+                Purpose::DirtyRate => QemuError::Unmeasurable(refusals),
+            });
         }
         let guard = Guard::start(&options.guard_command)?;
         guard.watch(qmp.socket())?;
@@ -315,6 +335,21 @@ impl QemuVmm {
             state_slot: None,
             pause: None,
         })
+    }
+
+    /// The threads that run the virtual CPUs, in the order of the CPUs.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub fn cpu_threads(&mut self) -> Result<Vec<Pid>, QemuError> {
+        let cpus = self.execute("query-cpus-fast", json!({}))?;
+        let cpus = cpus.as_array().ok_or_else(|| QmpError::lacks("query-cpus-fast", "list"))?;
+        let thread = |cpu: &Value| Pid::from_raw(i32::try_from(cpu["thread-id"].as_i64()?).ok()?);
+        cpus.iter()
+            .map(|cpu| {
+                thread(cpu).ok_or_else(|| QmpError::lacks("query-cpus-fast", "thread-id").into())
+            })
+            .collect()
     }
 
     /// Runs a command that belongs to no pause.

@@ -49,13 +49,51 @@ impl Refusal {
     fn new(reason: Reason, what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { reason, what: what.into(), remedy: remedy.into() }
     }
+
+    /// Whether it is also in the way of measuring the dirty rate: because memory cannot be protected, or because it is
+    /// written to past its protection.
+    const fn forbids_measuring(&self) -> bool {
+        matches!(
+            self.reason,
+            Reason::KernelUnfit
+                | Reason::MissingPrivilege
+                | Reason::AttachFailed
+                | Reason::Encrypted
+                | Reason::FileBackedRam
+                | Reason::HugePageSize
+                | Reason::ForeignUserfaultfd
+                | Reason::SharedMemory
+                | Reason::Vfio
+        )
+    }
+}
+
+/// What a virtual machine is attached to for; decides what forbids it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be snapshotted: everything that is found forbids it.
+    Snapshot,
+    /// To have its dirty rate measured: its devices, its disks and the age of QEMU do not matter.
+    DirtyRate,
+}
+
+impl Purpose {
+    /// Those of `refusals` that stand in its way.
+    pub(super) fn forbidden_by(self, refusals: Vec<Refusal>) -> Vec<Refusal> {
+        let matters = |refusal: &Refusal| self == Self::Snapshot || refusal.forbids_measuring();
+        refusals.into_iter().filter(matters).collect()
+    }
 }
 
 /// All of `refusals` in one sentence.
-pub(super) fn in_words(refusals: &[Refusal]) -> String {
+pub(super) fn in_words(purpose: Purpose, refusals: &[Refusal]) -> String {
     let each: Vec<String> =
         refusals.iter().map(|r| format!("{} ({}): {}", r.what, r.reason, r.remedy)).collect();
-    format!("this virtual machine cannot be snapshotted as it is: {}", each.join("; "))
+    let what = match purpose {
+        Purpose::Snapshot => "this virtual machine cannot be snapshotted as it is",
+        Purpose::DirtyRate => "the dirty rate of this virtual machine cannot be measured as it is",
+    };
+    format!("{what}: {}", each.join("; "))
 }
 
 /// What a QEMU is, and what forbids a snapshot of it.
@@ -279,9 +317,11 @@ fn backing(mappings: &[RamMapping]) -> Vec<Refusal> {
             let remedy = "use memory-backend-memfd, or a file on tmpfs or hugetlbfs";
             refusals.push(Refusal::new(Reason::FileBackedRam, what, remedy));
         }
-        if mapping.has_userfaultfd {
+        // Once: whoever watches memory cuts it into many mappings.
+        let is_told = |refusal: &Refusal| refusal.reason == Reason::ForeignUserfaultfd;
+        if mapping.has_userfaultfd && !refusals.iter().any(is_told) {
             let what = format!("{} is under another userfaultfd", place());
-            let remedy = "end the other snapshot or post-copy migration first";
+            let remedy = "end the other snapshot, `livesnap watch` or post-copy migration first";
             refusals.push(Refusal::new(Reason::ForeignUserfaultfd, what, remedy));
         }
     }
@@ -430,9 +470,19 @@ mod tests {
         let file = RamMapping { kind: MappingKind::File, ..mapping() };
         let foreign = RamMapping { has_userfaultfd: true, ..mapping() };
         assert_eq!(
-            reasons(backing(&[file, foreign])),
+            reasons(backing(&[file, foreign.clone(), foreign])),
             [Reason::FileBackedRam, Reason::ForeignUserfaultfd]
         );
+    }
+
+    #[test]
+    fn measuring_is_forbidden_by_what_concerns_memory_only() {
+        let found = [Reason::DiskUnfit, Reason::ForeignUserfaultfd, Reason::QemuTooOld];
+        let found = found.map(|reason| Refusal::new(reason, "what", "remedy")).to_vec();
+        assert_eq!(Purpose::Snapshot.forbidden_by(found.clone()), found);
+        let left = Purpose::DirtyRate.forbidden_by(found);
+        assert!(in_words(Purpose::DirtyRate, &left).contains("measured"));
+        assert_eq!(reasons(left), [Reason::ForeignUserfaultfd]);
     }
 
     #[test]
