@@ -1,5 +1,8 @@
 //! `cargo xtask vmtest`: the tests that depend on the kernel, on other kernels than this machine's.
 
+use std::env;
+use std::process::Command;
+
 use anyhow::{Context, Result};
 
 use crate::step::{cargo, run};
@@ -20,8 +23,10 @@ pub fn run_on_kernels(arguments: &[String]) -> Result<()> {
             kernel::unpack_version(version, &directory)?;
         }
     }
-    let mut tests =
-        cargo(["run", "--locked", "--package", "livesnap-tests", "--bin", "livesnap-vmtest", "--"]);
+    // The whole workspace, so that dependencies have the same features as in `cargo test` and are built once.
+    run("build", cargo(["build", "--locked", "--workspace", "--bins"]))?;
+    let this = env::current_exe().context("cannot tell where this program is")?;
+    let mut tests = Command::new(this.with_file_name("livesnap-vmtest"));
     tests.args(kernels.iter().flat_map(|version| ["--kernel", version])).args(rest);
     run("tests on other kernels", tests)
 }

@@ -7,6 +7,8 @@ pub mod pagemap_scan;
 pub mod ptrace;
 pub mod signals;
 #[cfg(test)]
+pub mod test_kvm;
+#[cfg(test)]
 pub mod test_memory;
 pub mod uffd;
 pub mod uring;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
@@ -77,14 +77,34 @@ impl TestMemory {
         self.start.as_ptr().addr() as u64
     }
 
+    /// Its length in bytes.
+    pub const fn len_bytes(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// What it is made of.
+    pub const fn kind(&self) -> Kind {
+        self.kind
+    }
+
     /// The first word of each page.
     pub fn words(&self) -> impl Iterator<Item = &AtomicU64> {
-        (0..self.len).step_by(self.kind.page_bytes()).map(|offset| {
-            // SAFETY: the offset lies in the mapping.
-            let word = unsafe { self.start.add(offset) };
-            // SAFETY: mapped as long as `self` lives, aligned to a page, and reached only as an atomic.
-            unsafe { word.cast().as_ref() }
-        })
+        (0..self.len).step_by(self.kind.page_bytes()).map(|offset| self.word(offset))
+    }
+
+    /// Writes whole words from the start on.
+    pub fn write(&self, words: &[u64]) {
+        for (index, &word) in words.iter().enumerate() {
+            self.word(index * size_of::<u64>()).store(word, Ordering::Relaxed);
+        }
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(size_of::<u64>()) && offset < self.len);
+        // SAFETY: the offset lies in the mapping.
+        let word = unsafe { self.start.add(offset) };
+        // SAFETY: mapped as long as `self` lives, aligned, and reached only as an atomic.
+        unsafe { word.cast().as_ref() }
     }
 }
 

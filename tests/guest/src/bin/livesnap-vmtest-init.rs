@@ -53,7 +53,12 @@ fn run() -> Result<()> {
         let status = Command::new(program)
             .args(words)
             .env_clear()
-            .envs([("PATH", "/usr/bin"), ("TMPDIR", "/var/tmp"), ("REQUIRE_PRIVILEGED", "1")])
+            .envs([
+                ("PATH", "/usr/bin"),
+                ("TMPDIR", "/var/tmp"),
+                ("REQUIRE_PRIVILEGED", "1"),
+                ("REQUIRE_KVM", "1"),
+            ])
             .status()
             .with_context(|| format!("cannot run {program}"))?;
         console(&format!("VMTEST end {name} {status}"));

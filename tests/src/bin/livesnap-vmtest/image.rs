@@ -12,8 +12,8 @@ use livesnap_tests::kernel::Kernel;
 
 use crate::programs::Programs;
 
-/// The disk's driver.
-const MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
+/// For the disk, and for VMs within the VM: the processor that QEMU emulates is of AMD's kind.
+const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "kvm_amd"];
 /// What tests start besides the product.
 const TOOLS: [&str; 2] = ["/usr/bin/env", "/bin/true"];
 
