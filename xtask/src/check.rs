@@ -11,6 +11,9 @@ use crate::{setup, vmtest};
 pub fn run_all() -> Result<()> {
     setup::run()?;
     run("format", cargo(["fmt", "--all", "--check"]))?;
+    // Not of the workspace, for another compiler builds them.
+    let programs = ["fmt", "--manifest-path", "ebpf/programs/Cargo.toml", "--check"];
+    run("format of the BPF programs", cargo(programs))?;
     run(
         "lints",
         cargo(["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"]),

@@ -31,7 +31,8 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
   vmtest  the tests that depend on the kernel, in VMs with Linux 6.1 and 6.12;
           --kernel VERSION for one of them, NAME for some of the tests
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
-          --quick for a first look, --update-docs for docs/performance.*
+          --quick for a first look, --update-docs for docs/performance.*;
+          --probes alone: what the probes cost a fault
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   help    this text
 
@@ -52,6 +53,7 @@ fn main() -> Result<()> {
         "setup" => setup::run(),
         "test" => check::run_all(),
         "vmtest" => vmtest::run_on_kernels(&rest),
+        "bench" if rest == ["--probes"] => bench_probes(),
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
         "help" | "--help" | "-h" => {
             eprint!("{HELP}");
@@ -59,6 +61,13 @@ fn main() -> Result<()> {
         }
         _ => bail!("there is no command {command:?}; see `cargo xtask help`"),
     }
+}
+
+/// Measures what the probes cost a fault.
+fn bench_probes() -> Result<()> {
+    setup::run()?;
+    let example = ["run", "--release", "--package", "livesnap-ebpf", "--example", "probe_cost"];
+    step::run("probe_cost", cargo(example))
 }
 
 /// Builds the product and a program of the tests package, and runs the latter.

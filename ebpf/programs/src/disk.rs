@@ -9,11 +9,11 @@
 //! A request is remembered by its address. The thread that puts it into a queue is the one it belongs to; without a
 //! queue it is the thread that issues it. Who completes it tells nothing: that is an interrupt.
 
+use crate::atomic::fetch_add;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_probe_read_kernel, generated::bpf_ktime_get_ns,
 };
-use crate::atomic::fetch_add;
 use livesnap_ebpf_common::disk::{
     CLASSES, DISKS_MAX, ISSUER_FOREIGN, ISSUER_OURS, Issuer, OPERATION_FLUSH, OPERATION_OTHER,
     OPERATION_READ, OPERATION_WRITE, Operation, REQUESTS_MAX, Request, Transfers, class_of,

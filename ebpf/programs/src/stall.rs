@@ -9,8 +9,7 @@ use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use aya_ebpf::programs::PerfEventContext;
 use livesnap_ebpf_common::{
-    HISTOGRAMS_MAX, Histogram, HistogramKey, Mode, RANGES_MAX, STARTS_MAX, Start, class_of,
-    counter,
+    HISTOGRAMS_MAX, Histogram, HistogramKey, Mode, RANGES_MAX, STARTS_MAX, Start, class_of, counter,
 };
 
 /// Bits of the error code of an x86 page fault: the page is present, and was written to.

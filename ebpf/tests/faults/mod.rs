@@ -86,7 +86,6 @@ impl Memory {
     }
 
     /// Has a system call write to each page; returns how many those are.
-    #[allow(dead_code, reason = "not every user of this module does so")]
     pub fn fault_in_system_calls(&mut self) -> usize {
         let (start, len) = (self.start(), PAGES * PAGE_BYTES);
         let zeros = File::open("/dev/zero").unwrap();
