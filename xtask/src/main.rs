@@ -34,9 +34,10 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
           --quick for a first look, --update-docs for docs/performance.*;
           --probes alone: what the probes cost a fault
   soak    take and check snapshot after snapshot of one busy VM; --runs N
+  sim     judge the control core on simulated guests and disks; --seeds N, --seed K
   help    this text
 
-Every command but help begins with setup, which does nothing on a machine that has all.
+Every command but sim and help begins with setup, which does nothing on a machine that has all.
 ARGUMENTS of demo, bench and soak are passed on; `cargo xtask demo --help` lists them.
 Tests that need root are skipped, with a word, unless REQUIRE_PRIVILEGED=1 (CI=true sets it).
 ";
@@ -55,6 +56,7 @@ fn main() -> Result<()> {
         "vmtest" => vmtest::run_on_kernels(&rest),
         "bench" if rest == ["--probes"] => bench_probes(),
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
+        "sim" => simulate(&rest),
         "help" | "--help" | "-h" => {
             eprint!("{HELP}");
             Ok(())
@@ -77,4 +79,11 @@ fn run_tool(name: &str, arguments: &[String]) -> Result<()> {
     let mut tool = cargo(["run", "--release", "--package", "livesnap-tests", "--bin", name, "--"]);
     tool.args(arguments);
     step::run(name, tool)
+}
+
+/// The simulator needs nothing but the compiler.
+fn simulate(arguments: &[String]) -> Result<()> {
+    let mut tool = cargo(["run", "--release", "--package", "livesnap-sim", "--"]);
+    tool.args(arguments);
+    step::run("sim", tool)
 }

@@ -1,0 +1,306 @@
+//! The safe commands, each by name, and the decisions on a hand-made plant. How well the law does is for the simulator
+//! in `tests/sim` to say.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+use super::*;
+use crate::sample::{Host, Stall};
+
+const GIB: u64 = 1 << 30;
+
+fn policy() -> Policy {
+    Policy::for_host(64 * GIB)
+}
+
+/// A guest that touches at a constant rate while it runs, and a constant disk, by the book.
+struct Plant {
+    controller: Controller,
+    sample: Sample,
+    touch_rate: f64,
+    drain_rate: f64,
+    cpu_ratio: f64,
+}
+
+impl Plant {
+    fn new(policy: Policy, touch_rate: f64, drain_rate: f64) -> Self {
+        Self {
+            controller: Controller::new(policy, 2).unwrap(),
+            sample: Sample {
+                taken_ns: 1_000_000_000,
+                total_bytes: 64 * GIB,
+                buffer_limit_bytes: policy.buffer_bytes_max,
+                ..Sample::default()
+            },
+            touch_rate,
+            drain_rate,
+            cpu_ratio: 1.0,
+        }
+    }
+
+    fn advance(&mut self) {
+        let sample = &mut self.sample;
+        let touched = count(self.touch_rate * self.cpu_ratio * TICK_S);
+        let room =
+            sample.buffer_limit_bytes - sample.buffer_used_bytes + count(self.drain_rate * TICK_S);
+        let touched = touched.min(room);
+        let swept = (32_u64 << 20).saturating_sub(sample.buffer_used_bytes + touched);
+        let drained =
+            count(self.drain_rate * TICK_S).min(sample.buffer_used_bytes + touched + swept);
+        sample.taken_ns += 50_000_000;
+        sample.touched_bytes += touched;
+        sample.saved_bytes += touched + swept;
+        sample.drained_bytes += drained;
+        sample.buffer_used_bytes = sample.buffer_used_bytes + touched + swept - drained;
+    }
+
+    fn tick(&mut self) -> Command {
+        self.advance();
+        let sample = self.sample;
+        self.give(Some(&sample))
+    }
+
+    fn give(&mut self, sample: Option<&Sample>) -> Command {
+        let command = self.controller.step(sample, &[], TICK_S);
+        self.cpu_ratio = command.cpu_ratio;
+        self.sample.buffer_limit_bytes = command.buffer_limit_bytes.max(BUFFER_BYTES_MIN);
+        command
+    }
+
+    fn ticks(&mut self, count: u32) -> Command {
+        let mut command = self.tick();
+        for _ in 1..count {
+            command = self.tick();
+        }
+        command
+    }
+
+    /// Until the guest is being throttled.
+    fn throttled(mut self) -> Self {
+        let deadline = 400;
+        for _ in 0..deadline {
+            if self.tick().cpu_ratio < 0.9 {
+                return self;
+            }
+        }
+        panic!("not throttled within {deadline} ticks: {:?}", self.controller.command);
+    }
+}
+
+#[test]
+fn a_guest_that_fits_is_left_alone() {
+    let mut plant = Plant::new(policy(), 200e6, 400e6);
+    let command = plant.ticks(100);
+    assert_eq!((command.because, command.cpu_ratio), (Because::Fits, 1.0));
+    assert!(command.forecast.full_after_s.is_none(), "{command:?}");
+}
+
+#[test]
+fn a_guest_that_is_too_fast_comes_to_rest_at_the_pace_of_the_disk() {
+    let mut plant = Plant::new(policy(), 600e6, 400e6);
+    let command = plant.ticks(600);
+    assert_eq!(command.abort, None);
+    assert!((command.cpu_ratio - 2.0 / 3.0).abs() < 0.03, "{command:?}");
+    let used = number(plant.sample.buffer_used_bytes) / number(plant.sample.buffer_limit_bytes);
+    assert!(used > 0.5 && used < 0.95, "{used} of the buffer is in use");
+}
+
+#[test]
+fn cpu_time_is_given_back_slowly_when_the_guest_calms_down() {
+    let mut plant = Plant::new(policy(), 1e9, 400e6).throttled();
+    plant.ticks(100);
+    plant.touch_rate = 100e6;
+    let before = plant.cpu_ratio;
+    let mut last = before;
+    for _ in 0..60 {
+        let command = plant.tick();
+        assert!(command.cpu_ratio <= last + RELEASE_PER_S * TICK_S + 1e-9, "{command:?}");
+        last = command.cpu_ratio;
+    }
+    assert!(before < 0.6 && last >= 1.0, "from {before} to {last}");
+}
+
+#[test]
+fn the_buffer_grows_before_the_guest_is_throttled() {
+    let mut plant = Plant::new(policy(), 600e6, 400e6);
+    plant.sample.buffer_limit_bytes = 256 << 20;
+    let command = plant.ticks(5);
+    assert_eq!(command.buffer_limit_bytes, policy().buffer_bytes_max);
+    assert_eq!(command.cpu_ratio, 1.0);
+}
+
+#[test]
+fn the_buffer_leaves_the_host_its_memory_and_shrinks_under_pressure() {
+    let mut plant = Plant::new(policy(), 600e6, 400e6);
+    plant.sample.buffer_limit_bytes = 256 << 20;
+    plant.sample.host = Some(Host { available_bytes: 400 << 20, memory_pressure_ratio: 0.0 });
+    let command = plant.ticks(3);
+    assert!(command.buffer_limit_bytes <= (256 + 300) << 20, "{command:?}");
+    let before = command.buffer_limit_bytes;
+    plant.touch_rate = 0.0;
+    plant.sample.host = Some(Host { available_bytes: 400 << 20, memory_pressure_ratio: 0.3 });
+    let command = plant.ticks(20);
+    assert!(command.buffer_limit_bytes < before, "{command:?}");
+    assert!(command.buffer_limit_bytes >= BUFFER_BYTES_MIN, "{command:?}");
+}
+
+#[test]
+fn what_cannot_be_kept_is_given_up_long_before_the_buffer_is_full() {
+    let mut plant = Plant::new(policy(), 4e9, 400e6);
+    let abort = (0..60).find_map(|_| plant.tick().abort).unwrap();
+    assert_eq!(abort.reason, AbortReason::BufferOverflow);
+    assert!(abort.evidence_s >= EVIDENCE_S - 1e-6, "{abort:?}");
+    assert!(abort.touch_rate > 3e9 && abort.drain_rate < 0.5e9, "{abort:?}");
+    assert!(plant.sample.buffer_used_bytes < GIB * 95 / 100, "{:?}", plant.sample);
+}
+
+#[test]
+fn with_wait_it_goes_on_at_the_least_share() {
+    let waits = Policy { on_infeasible: OnInfeasible::Wait, ..policy() };
+    let command = Plant::new(waits, 4e9, 400e6).ticks(100);
+    assert_eq!((command.because, command.abort), (Because::Infeasible, None));
+    assert!((command.cpu_ratio - 0.3).abs() < 1e-9, "{command:?}");
+}
+
+#[test]
+fn a_deadline_that_the_disk_cannot_keep_is_given_up_early() {
+    let late = Policy { deadline_ns: Some(60_000_000_000), ..policy() };
+    let abort = (0..40).find_map(|_| Plant::new(late, 10e6, 400e6).ticks(40).abort).unwrap();
+    assert_eq!(abort.reason, AbortReason::Deadline);
+}
+
+#[test]
+fn stalls_over_the_limit_cut_the_share_and_then_end_the_snapshot() {
+    let mut plant = Plant::new(policy(), 200e6, 400e6);
+    plant.ticks(40);
+    plant.sample.stall = Some(Stall { faults: 1000, over_limit: 50, lost_events: 0 });
+    let command = plant.ticks(10);
+    assert_eq!(command.because, Because::Stalls);
+    assert!(command.cpu_ratio < 0.8, "{command:?}");
+    let abort = (0..100).find_map(|_| plant.tick().abort).unwrap();
+    assert_eq!(abort.reason, AbortReason::StallLimit);
+}
+
+#[test]
+fn a_lost_sample_holds_what_is_in_force_and_many_give_it_back() {
+    let mut plant = Plant::new(policy(), 1e9, 400e6).throttled();
+    let before = plant.cpu_ratio;
+    let command = plant.give(None);
+    assert_eq!((command.because, command.cpu_ratio), (Because::SampleLost, before));
+    for _ in 0..60 {
+        plant.give(None);
+    }
+    let command = plant.give(None);
+    assert_eq!((command.because, command.cpu_ratio), (Because::Blind, 1.0));
+}
+
+#[test]
+fn a_sample_that_is_old_or_comes_twice_is_stale() {
+    let mut plant = Plant::new(policy(), 1e9, 400e6).throttled();
+    let before = plant.cpu_ratio;
+    let twice = plant.sample;
+    let command = plant.give(Some(&twice));
+    assert_eq!((command.because, command.cpu_ratio), (Because::SampleStale, before));
+    plant.advance();
+    let old = Sample { age_ns: crate::sample::AGE_NS_MAX + 1, ..plant.sample };
+    let command = plant.give(Some(&old));
+    assert_eq!((command.because, command.cpu_ratio), (Because::SampleStale, before));
+}
+
+#[test]
+fn what_cannot_be_true_is_named_and_changes_nothing() {
+    type Spoil = fn(&mut Sample);
+    let cases: [(Absurdity, Spoil); 10] = [
+        (Absurdity::TimeBackwards, |sample| sample.taken_ns -= 1_000_000_000),
+        (Absurdity::CounterBackwards, |sample| sample.touched_bytes = 0),
+        (Absurdity::CounterBackwards, |sample| sample.drained_bytes = 0),
+        (Absurdity::CounterBackwards, |sample| sample.saved_bytes = 0),
+        (Absurdity::CounterJump, |sample| sample.touched_bytes = u64::MAX),
+        (Absurdity::CounterJump, |sample| sample.saved_bytes = sample.total_bytes + 1),
+        (Absurdity::Buffer, |sample| sample.buffer_used_bytes = u64::MAX),
+        (Absurdity::Buffer, |sample| sample.buffer_limit_bytes = 0),
+        (Absurdity::Ratio, |sample| sample.cpu_ratio = Some(f64::NAN)),
+        (Absurdity::Ratio, |sample| {
+            sample.host = Some(Host { available_bytes: 0, memory_pressure_ratio: -0.5 });
+        }),
+    ];
+    for (absurdity, spoil) in cases {
+        let mut plant = Plant::new(policy(), 1e9, 400e6).throttled();
+        let before = plant.cpu_ratio;
+        plant.advance();
+        let mut spoilt = plant.sample;
+        spoil(&mut spoilt);
+        let command = plant.give(Some(&spoilt));
+        assert_eq!(command.because, Because::SampleAbsurd(absurdity));
+        assert_eq!((command.cpu_ratio, command.abort), (before, None), "{absurdity:?}");
+        let next = plant.tick().because;
+        assert!(matches!(next, Because::Throttle | Because::Release), "{absurdity:?}: {next:?}");
+    }
+}
+
+#[test]
+fn a_period_that_is_none_is_absurd() {
+    for dt_s in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e9] {
+        let mut plant = Plant::new(policy(), 1e9, 400e6).throttled();
+        plant.advance();
+        let command = plant.controller.step(Some(&plant.sample.clone()), &[], dt_s);
+        assert_eq!(command.because, Because::SampleAbsurd(Absurdity::Period), "{dt_s}");
+    }
+}
+
+#[test]
+fn counters_that_begin_anew_are_followed_after_a_while() {
+    let mut plant = Plant::new(policy(), 200e6, 400e6);
+    plant.ticks(20);
+    plant.sample.touched_bytes = 0;
+    let seen: Vec<_> = (0..6).map(|_| plant.tick().because).collect();
+    assert_eq!(seen[0], Because::SampleAbsurd(Absurdity::CounterBackwards));
+    assert_eq!(seen[5], Because::Fits);
+}
+
+#[test]
+fn virtual_cpus_that_do_not_write_keep_their_time() {
+    let mut plant = Plant::new(policy(), 1e9, 400e6);
+    for _ in 0..200 {
+        plant.advance();
+        let sample = plant.sample;
+        let command = plant.controller.step(Some(&sample), &[sample.touched_bytes, 0], TICK_S);
+        plant.cpu_ratio = command.cpu_ratio;
+    }
+    let shares = plant.controller.vcpu_shares();
+    assert!(shares[0] < 0.6, "{shares:?}");
+    assert!((shares[1] - 1.0).abs() < 1e-9, "{shares:?}");
+}
+
+#[test]
+fn nothing_that_it_is_given_makes_it_panic_or_leave_its_limits() {
+    let mut seed = 1_u64;
+    let mut next = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        // Small, large and extreme numbers alike.
+        seed >> (seed % 64)
+    };
+    let mut controller = Controller::new(policy(), 2).unwrap();
+    for _ in 0..200_000 {
+        let sample = Sample {
+            taken_ns: next(),
+            age_ns: next(),
+            total_bytes: next(),
+            saved_bytes: next(),
+            touched_bytes: next(),
+            drained_bytes: next(),
+            buffer_used_bytes: next(),
+            buffer_limit_bytes: next(),
+            cpu_ratio: Some(f64::from_bits(next())),
+            stall: Some(Stall { faults: next(), over_limit: next(), lost_events: next() }),
+            host: Some(Host {
+                available_bytes: next(),
+                memory_pressure_ratio: f64::from_bits(next()),
+            }),
+        };
+        let command = controller.step(Some(&sample), &[next(), next()], f64::from_bits(next()));
+        assert!((0.3..=1.0).contains(&command.cpu_ratio), "{sample:?}: {command:?}");
+        assert!(controller.vcpu_shares().iter().all(|share| (0.3..=1.0).contains(share)));
+    }
+}

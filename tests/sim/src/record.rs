@@ -1,0 +1,71 @@
+//! Recorded runs: a line of JSON for each tick, with what was seen and what was commanded, so that any run can be put
+//! through the control core again.
+
+use std::io::{BufRead, Write};
+
+use anyhow::{Context, Result, ensure};
+use livesnap_control::{Command, Controller, Policy, Sample};
+use serde::{Deserialize, Serialize};
+
+/// The first line.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Head {
+    /// The limits.
+    pub policy: Policy,
+    /// Number of virtual CPUs.
+    pub vcpus: usize,
+}
+
+/// Each further line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tick {
+    /// Length of the tick in seconds.
+    pub dt_s: f64,
+    /// What was seen; nothing if it was lost.
+    pub sample: Option<Sample>,
+    /// First touches by each virtual CPU, counted.
+    pub vcpu_touched_bytes: Vec<u64>,
+    /// What was commanded.
+    pub command: Command,
+    /// The shares that each virtual CPU kept.
+    pub shares: Vec<f64>,
+}
+
+/// Writes a run.
+///
+/// # Errors
+/// When `to` does not take it.
+pub fn write(to: &mut impl Write, head: &Head, ticks: &[Tick]) -> Result<()> {
+    serde_json::to_writer(&mut *to, head)?;
+    for tick in ticks {
+        to.write_all(b"\n")?;
+        serde_json::to_writer(&mut *to, tick)?;
+    }
+    to.write_all(b"\n")?;
+    Ok(())
+}
+
+/// Reads a run and puts it through a fresh control core; returns the number of ticks.
+///
+/// # Errors
+/// When it is no record, or the core commands something else than was recorded.
+pub fn replay(from: impl BufRead) -> Result<usize> {
+    let mut lines = from.lines();
+    let head = lines.next().context("the record is empty; it begins with a line of limits")??;
+    let head: Head = serde_json::from_str(&head).context("line 1 of the record is no head")?;
+    let mut controller = Controller::new(head.policy, head.vcpus)?;
+    let mut count = 0;
+    for (line, number) in lines.zip(2..) {
+        let recorded: Tick = serde_json::from_str(&line?)
+            .with_context(|| format!("line {number} of the record is no tick"))?;
+        let sample = recorded.sample.as_ref();
+        let command = controller.step(sample, &recorded.vcpu_touched_bytes, recorded.dt_s);
+        ensure!(
+            command == recorded.command && controller.vcpu_shares() == recorded.shares,
+            "line {number}: the control core now commands {command:?}, not {:?}",
+            recorded.command
+        );
+        count += 1;
+    }
+    Ok(count)
+}

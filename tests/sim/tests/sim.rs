@@ -1,0 +1,56 @@
+//! Some hundred scenarios, replays, and the controls that show that the targets can be missed. The whole series is
+//! `cargo xtask sim`.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+use livesnap_sim::judge::{Variant, judge};
+use livesnap_sim::law::{Controlled, Until, run};
+use livesnap_sim::record::{self, Head};
+use livesnap_sim::scenario::Scenario;
+use livesnap_sim::series::judge_all;
+use livesnap_sim::table::Table;
+
+const FIRST: u64 = 1_000_000;
+const SEEDS: u64 = 200;
+
+#[test]
+fn without_a_forecast_targets_are_missed() {
+    let table = Table::of(&judge_all(FIRST, SEEDS, Variant::Blindfolded).unwrap());
+    let missed: Vec<_> = table.missed().iter().map(|row| row.what).collect();
+    assert!(missed.contains(&"missed aborts"), "{table}");
+}
+
+#[test]
+fn a_seed_is_the_same_run_every_time() {
+    for seed in FIRST..FIRST + 5 {
+        let twice = [0; 2].map(|_| format!("{:?}", judge(seed, Variant::Whole).unwrap()));
+        assert_eq!(twice[0], twice[1], "seed {seed}");
+    }
+}
+
+fn recorded(seed: u64) -> Vec<u8> {
+    let scenario = Scenario::new(seed);
+    let mut law = Controlled::recorded(&scenario).unwrap();
+    run(&scenario, &mut law, f64::INFINITY, Until::Over);
+    let head = Head { policy: scenario.policy, vcpus: scenario.vcpus.len() };
+    let mut lines = Vec::new();
+    record::write(&mut lines, &head, &law.into_record()).unwrap();
+    lines
+}
+
+#[test]
+fn a_recorded_run_gives_the_same_commands_again() {
+    for seed in FIRST..FIRST + 20 {
+        let lines = recorded(seed);
+        let ticks = record::replay(lines.as_slice()).unwrap();
+        assert!(ticks > 10, "seed {seed}: only {ticks} ticks");
+    }
+}
+
+#[test]
+fn a_record_that_was_altered_does_not() {
+    let lines = String::from_utf8(recorded(FIRST)).unwrap();
+    let altered = lines.replacen("\"cpu_ratio\":1.0", "\"cpu_ratio\":0.5", 1);
+    assert_ne!(lines, altered);
+    record::replay(altered.as_bytes()).unwrap_err();
+}
