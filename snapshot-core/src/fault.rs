@@ -300,30 +300,15 @@ mod tests {
 
     use super::*;
     use crate::buffer::Buffer;
-    use crate::mappings;
     use crate::pagemap::Pagemap;
-    use crate::protection::ProtectedRam;
-    use crate::ram::{RamBlock, RamLayout};
+    use crate::protection::testing::protected;
     use crate::sys::memory::{HUGE_BYTES, HugeBuffer};
-    use crate::sys::uffd::{Context, Features, create_local};
     use crate::vmm::testing::privileged;
 
     /// An engine whose RAM is `memory`, protected.
     fn engine_on(memory: &HugeBuffer) -> Engine {
-        let block = RamBlock {
-            id: "ram".into(),
-            hva: HostVirtAddr(memory.as_ptr().addr() as u64),
-            len_bytes: HUGE_BYTES as u64,
-            page_size_bytes: crate::address::PAGE_BYTES,
-            store_zero_pages: false,
-        };
         let pid = rustix::process::getpid();
-        let layout = RamLayout::new(vec![block]).unwrap();
-        let mappings = mappings::covering(pid, &layout).unwrap();
-        let features = Features::of_this_kernel().unwrap();
-        let context = Context::new(create_local().unwrap(), features).unwrap();
-        let ram = ProtectedRam::register(pid, layout, &mappings, vec![context]).unwrap();
-        crate::arm::protect_all(&ram).unwrap();
+        let ram = protected(HostVirtAddr(memory.as_ptr().addr() as u64), HUGE_BYTES as u64);
         Engine::new(pid, ram, Buffer::new(16 << 20, 0).unwrap(), Pagemap::open(pid).unwrap())
     }
 

@@ -14,7 +14,7 @@ use crate::address::{HostVirtAddr, PAGE_BYTES, PageIndex, PageRun};
 use crate::chunk::CHUNK_PAGES_MAX;
 use crate::mappings::{MappingKind, RamMapping};
 use crate::ram::RamLayout;
-use crate::sys::uffd::Context;
+use crate::sys::uffd::{Context, Notices};
 
 /// Most that one ioctl protects: it holds the target's `mmap_lock` for reading all the while.
 const PROTECT_BYTES_MAX: u64 = 256 << 20;
@@ -220,10 +220,26 @@ impl ProtectedRam {
     /// Gives all of RAM up: no page is protected any more, nobody waits. Goes on past errors, for closing
     /// the contexts does the rest.
     pub fn unregister(&self) {
+        self.give_up(Context::unregister);
+    }
+
+    /// Gives up RAM of which every page is writable again, after the fault threads have ended.
+    pub fn unregister_writable(&self) {
+        self.give_up(Context::unregister_writable);
+        let mut room = Notices::new();
+        for context in &self.contexts {
+            // Whoever discards pages at this moment goes on once the notice of it is read.
+            if let Err(error) = context.read(&mut room, |_| {}) {
+                tracing::debug!(%error, "last notices are read by closing instead");
+            }
+        }
+    }
+
+    fn give_up(&self, unregister: impl Fn(&Context, HostVirtAddr, u64) -> io::Result<()>) {
         self.given_up.store(true, Ordering::Release);
         for region in &self.regions {
             let context = &self.contexts[region.context];
-            if let Err(error) = context.unregister(region.hva, region.run.bytes()) {
+            if let Err(error) = unregister(context, region.hva, region.run.bytes()) {
                 tracing::debug!(%error, start = %region.hva, "range is unregistered by closing instead");
             }
         }
@@ -315,9 +331,36 @@ fn holes_of(pid: Pid, mapping: &RamMapping, at: HostVirtAddr) -> Result<Holes, R
 }
 
 #[cfg(test)]
-mod tests {
+pub mod testing {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
     use super::*;
+    use crate::mappings;
+    use crate::ram::RamBlock;
+    use crate::sys::uffd::{Features, create_local};
+
+    /// Memory of this process, in one block and one context, write-protected.
+    pub fn protected(hva: HostVirtAddr, len_bytes: u64) -> ProtectedRam {
+        let id = "ram".into();
+        let page_size_bytes = PAGE_BYTES;
+        let block = RamBlock { id, hva, len_bytes, page_size_bytes, store_zero_pages: false };
+        let pid = rustix::process::getpid();
+        let layout = RamLayout::new(vec![block]).unwrap();
+        let mappings = mappings::covering(pid, &layout).unwrap();
+        let features = Features::of_this_kernel().unwrap();
+        let context = Context::new(create_local().unwrap(), features).unwrap();
+        let ram = ProtectedRam::register(pid, layout, &mappings, vec![context]).unwrap();
+        crate::arm::protect_all(&ram).unwrap();
+        ram
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+    use super::testing::protected;
+    use super::*;
+    use crate::sys::test_memory::{Kind, TestMemory};
+    use crate::vmm::testing::privileged;
 
     fn region(hva: u64, pages: u64) -> Region {
         Region {
@@ -362,6 +405,36 @@ mod tests {
         assert_eq!(found(14, 40), Some((50, 1)));
         assert_eq!(found(51, 39), None);
         assert_eq!(found(0, 90), Some((2, 3)), "going back looks up again");
+    }
+
+    /// Minor faults of this thread.
+    fn faults() -> u64 {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        let process = procfs::process::Process::myself().unwrap();
+        process.task_from_tid(thread).unwrap().stat().unwrap().minflt
+    }
+
+    #[test]
+    fn shared_memory_that_was_writable_stays_so_when_it_is_given_up() {
+        const PAGES: u64 = 2048;
+        if !privileged() {
+            return;
+        }
+        let memory = TestMemory::map(Kind::Shared, crate::address::as_index(PAGES)).unwrap();
+        let write = || memory.words().for_each(|word| word.store(1, Ordering::Relaxed));
+        let faults_after = |give_up: fn(&ProtectedRam)| {
+            write();
+            let ram = protected(HostVirtAddr(memory.address()), PAGES * PAGE_BYTES);
+            let region = &ram.regions()[0];
+            ram.unprotect(region, region.run).unwrap();
+            write();
+            give_up(&ram);
+            let before = faults();
+            write();
+            faults() - before
+        };
+        assert!(faults_after(ProtectedRam::unregister_writable) < PAGES / 10);
+        assert!(faults_after(ProtectedRam::unregister) >= PAGES, "what this is there for");
     }
 
     #[test]

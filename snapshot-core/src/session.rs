@@ -726,14 +726,15 @@ impl<'scope, 'env> Threads<'scope, 'env> {
         Ok(threads)
     }
 
-    /// Unregisters RAM, ends the fault threads, and hands over the writer.
+    /// Once all of RAM is saved: ends the fault threads, which by then have made the last pages writable, then
+    /// lets go of RAM, and hands over the writer.
     fn let_go(mut self) -> ScopedJoinHandle<'scope, Stored> {
         self.end_faults();
+        self.engine.ram.unregister_writable();
         self.writer.take().expect("the writer is taken once, here")
     }
 
     fn end_faults(&mut self) {
-        self.engine.ram.unregister();
         // The counter of an eventfd that nobody reads takes this once.
         if let Err(error) = rustix::io::write(self.stop, &1_u64.to_ne_bytes()) {
             tracing::error!(%error, "the fault threads could not be told to stop");

@@ -202,6 +202,23 @@ impl Context {
         self.uffd.wake(start, len).and(unregistered).map_err(into_io)
     }
 
+    /// Gives up a range in which nothing is protected any more, without stopping the process.
+    ///
+    /// A range that is registered for write faults is resolved as a whole when it is unregistered
+    /// (`userfaultfd_clear_vma`, mm/userfaultfd.c): the kernel visits each of its page-table entries, during which
+    /// no fault of the process goes on, and leaves shared memory read-only, so that each page faults once
+    /// more. A range that is registered for missing pages has nothing to resolve. A thread
+    /// that touches a missing page just then waits until the range is unregistered, which wakes it.
+    ///
+    /// # Errors
+    /// `ESRCH` when the process is gone.
+    pub fn unregister_writable(&self, start: HostVirtAddr, len_bytes: u64) -> io::Result<()> {
+        let (from, len) = as_range(start, len_bytes);
+        let changed = self.uffd.register_with_mode(from, len, RegisterMode::MISSING);
+        // Where the kernel does not let the mode be changed, the plain way does as well.
+        self.unregister(start, len_bytes).and(changed.map(drop).map_err(into_io))
+    }
+
     /// Write-protects a registered range. Takes the target's `mmap_lock` for reading only.
     ///
     /// # Errors
