@@ -89,7 +89,7 @@ fn stalls_across_cpus_are_those_of_the_threads_own_clock() {
 }
 
 #[test]
-fn every_tier_that_this_kernel_has_tells_the_same() {
+fn every_tier_agrees_with_the_threads_own_clock() {
     if !is_root("measuring stalls") {
         return;
     }
