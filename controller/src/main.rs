@@ -5,12 +5,15 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+mod disk;
 #[cfg(test)]
 mod docs;
 mod failure;
+mod measures;
 mod output;
 mod probes;
 mod progress;
+mod scheduling;
 
 use std::process::ExitCode;
 

@@ -324,8 +324,8 @@ pub struct Requests {
     pub bytes: u64,
     /// From issue to completion, of those that are complete.
     pub latency: Histogram,
-    /// How long those that are in flight have been so, together, in nanoseconds.
-    pub in_flight_ns: u64,
+    /// How long all of them were in flight, those that still are included, in nanoseconds.
+    pub busy_ns: u64,
 }
 
 /// What a request does.
@@ -340,6 +340,19 @@ pub enum Operation {
     Flush,
     /// Anything else, such as to discard or to write zeroes.
     Other,
+}
+
+impl Operation {
+    /// The word for people and programs.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Other => "other",
+        }
+    }
 }
 
 /// Whose a request is.
@@ -389,6 +402,7 @@ impl Requests {
         let [histogram @ .., bytes] = words;
         let mut of_latency = [0; HISTOGRAM_WORDS];
         of_latency.copy_from_slice(histogram);
+        let latency = Histogram::from_words(of_latency);
         Self {
             operation: match class >> 1 {
                 OPERATION_READ => Operation::Read,
@@ -398,8 +412,35 @@ impl Requests {
             },
             issuer: if class & 1 == ISSUER_OURS { Issuer::Ours } else { Issuer::Foreign },
             bytes: *bytes,
-            latency: Histogram::from_words(of_latency),
-            in_flight_ns,
+            busy_ns: latency.sum_ns + in_flight_ns,
+            latency,
+        }
+    }
+
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            operation: self.operation,
+            issuer: self.issuer,
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            latency: self.latency.since(&earlier.latency),
+            busy_ns: self.busy_ns.saturating_sub(earlier.busy_ns),
+        }
+    }
+}
+
+impl Irregular {
+    const fn since(self, earlier: Self) -> Self {
+        Self {
+            map_full: self.map_full.saturating_sub(earlier.map_full),
+            completion_without_issue: self
+                .completion_without_issue
+                .saturating_sub(earlier.completion_without_issue),
+            issue_without_completion: self
+                .issue_without_completion
+                .saturating_sub(earlier.issue_without_completion),
+            requeued: self.requeued.saturating_sub(earlier.requeued),
+            partial: self.partial.saturating_sub(earlier.partial),
+            failed: self.failed.saturating_sub(earlier.failed),
         }
     }
 }
@@ -413,6 +454,20 @@ impl DiskReading {
             .find(|requests| requests.operation == operation && requests.issuer == issuer)
     }
 
+    /// What came after `earlier`, which was read before from the same probe. The maxima of the depth stay those since the
+    /// probe was attached.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let elapsed_ns = self.elapsed_ns.saturating_sub(earlier.elapsed_ns);
+        let pairs = self.requests.iter().zip(&earlier.requests);
+        Self {
+            elapsed_ns,
+            requests: pairs.map(|(now, then)| now.since(then)).collect(),
+            depth: self.depth,
+            irregular: self.irregular.since(earlier.irregular),
+        }
+    }
+
     /// How many requests of `issuer`, or of all, were in flight on average over the time since the probe was attached.
     ///
     /// By Little's law: the sum of the times in flight is the number in flight, summed over time.
@@ -423,8 +478,7 @@ impl DiskReading {
             .requests
             .iter()
             .filter(|requests| issuer.is_none_or(|issuer| requests.issuer == issuer));
-        let busy_ns: u64 =
-            wanted.map(|requests| requests.latency.sum_ns + requests.in_flight_ns).sum();
+        let busy_ns: u64 = wanted.map(|requests| requests.busy_ns).sum();
         busy_ns as f64 / self.elapsed_ns.max(1) as f64
     }
 }

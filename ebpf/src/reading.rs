@@ -135,6 +135,21 @@ impl Histogram {
         self.sum_ns.checked_div(self.count).unwrap_or(0)
     }
 
+    /// The durations that came after `earlier`, which was read before from the same place. Of their maximum only the
+    /// bucket is known: the end of that is given.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let pairs = self.buckets.iter().zip(&earlier.buckets);
+        let buckets: Vec<u64> = pairs.map(|(now, then)| now.saturating_sub(*then)).collect();
+        let last = buckets.iter().rposition(|count| *count > 0);
+        Self {
+            count: self.count.saturating_sub(earlier.count),
+            sum_ns: self.sum_ns.saturating_sub(earlier.sum_ns),
+            max_ns: last.map_or(0, |bucket| bucket_bounds_ns(bucket).1.min(self.max_ns)),
+            buckets,
+        }
+    }
+
     /// Count, sum, mean, percentiles and maximum.
     #[must_use]
     pub fn summary(&self) -> Summary {
@@ -148,7 +163,8 @@ impl Histogram {
         }
     }
 
-    fn add(&mut self, other: &Self) {
+    /// Adds the durations of another one.
+    pub fn add(&mut self, other: &Self) {
         self.count += other.count;
         self.sum_ns += other.sum_ns;
         self.max_ns = self.max_ns.max(other.max_ns);
@@ -233,6 +249,16 @@ mod tests {
         assert!(summary.p50_ns.abs_diff(500_000) < 5_000, "{summary:?}");
         assert!(summary.p99_ns.abs_diff(990_000) < 5_000, "{summary:?}");
         assert_eq!(Histogram::default().summary(), Summary::default());
+    }
+
+    #[test]
+    fn what_came_later_is_told_apart() {
+        let earlier = Histogram::from_words(of([1_000, 9_000_000]));
+        let now = Histogram::from_words(of([1_000, 9_000_000, 2_000, 4_000]));
+        let later = now.since(&earlier);
+        assert_eq!((later.count, later.sum_ns), (2, 6_000));
+        assert!((4_000..4_600).contains(&later.max_ns), "{later:?}");
+        assert_eq!(now.since(&now), Histogram::default());
     }
 
     #[test]

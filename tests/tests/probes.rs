@@ -26,7 +26,22 @@ fn the_report_tells_whole_stalls_beside_the_handlers_part() {
     assert!(number("/probes/stalls/copy/p50_ns") > number("/report/service/p50_ns"), "{told:#}");
     assert!(number("/probes/stalls/arming/count") > 0, "{told:#}");
 
+    let written = number("/disk/ours/write/bytes");
+    assert!(written >= number("/report/stored_bytes"), "{told:#}");
+    assert!(number("/disk/depth/ours_max") > 1, "{told:#}");
+    assert_eq!(told["scheduling"]["vcpus"].as_array().unwrap().len(), 2, "{told:#}");
+    assert!(number("/scheduling/vcpus/0/run_ns") > 0, "{told:#}");
+    assert!(number("/scheduling/fault_threads/0/slices") > 0, "{told:#}");
+
     let told =
         livesnap::snapshot(&source, &dir.path().join("without"), &["--probes", "none"]).unwrap();
-    assert!(told["probes"].is_null(), "{told:#}");
+    assert!(told["probes"].is_null() && told["disk"].is_null(), "{told:#}");
+
+    let mut watch =
+        livesnap::command(["watch", "--json", "--count=1", "--interval=200ms"]).unwrap();
+    watch.arg("--qmp").arg(source.qmp_socket()).arg("--out").arg(dir.path());
+    let told = livesnap::json(&watch.output().unwrap()).unwrap();
+    assert_eq!(told["vcpus"].as_array().unwrap().len(), 2, "{told:#}");
+    assert!(told["vcpus"][0]["run_ns"].as_u64().unwrap() > 0, "{told:#}");
+    assert!(told["page_faults"].is_u64() && told["disk"]["foreign"].is_object(), "{told:#}");
 }

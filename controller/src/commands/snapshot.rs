@@ -13,7 +13,8 @@ use snapshot_core::vmm::Vmm;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
 use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot};
 
-use crate::probes::{Choice, SnapshotProbes};
+use crate::measures::Measures;
+use crate::probes::Choice;
 use crate::{Failure, output, progress};
 
 const EXAMPLES: &str = "\
@@ -86,24 +87,24 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let outcome = QemuVmm::attach(qemu)
         .map_err(|error| Failure::refused(error.reason(), error))
         .and_then(|mut vmm| {
-            let mut probes = SnapshotProbes::attach(args.probes, &mut vmm);
-            let report = take(&mut vmm, &args.out, &options, &cancel, &mut probes)?;
-            Ok((report, probes))
+            let mut measures = Measures::attach(args.probes, &mut vmm, &args.out);
+            let report = take(&mut vmm, &args.out, &options, &cancel, &mut measures)?;
+            Ok((report, measures))
         });
     tell(&args.out, outcome, args.json)
 }
 
-/// Takes a snapshot with a progress bar and probes.
+/// Takes a snapshot with a progress bar, and measures.
 pub fn take(
     vmm: &mut dyn Vmm,
     out: &std::path::Path,
     options: &Options,
     cancel: &Cancel,
-    probes: &mut SnapshotProbes,
+    measures: &mut Measures,
 ) -> Result<Report, Failure> {
     let mut bar = progress::Bar::new();
     let mut observe = |progress: &_| {
-        probes.observe(progress);
+        measures.observe(progress);
         bar.show(progress);
     };
     let taken = snapshot(vmm, out, options, cancel, &mut observe);
@@ -114,24 +115,25 @@ pub fn take(
 /// Reports the outcome for people or programs.
 fn tell(
     out: &std::path::Path,
-    outcome: Result<(Report, SnapshotProbes), Failure>,
+    outcome: Result<(Report, Measures), Failure>,
     as_json: bool,
 ) -> Result<(), Failure> {
     if as_json {
         output::json(&match &outcome {
-            Ok((report, probes)) => json!({
-                "outcome": "completed",
-                "directory": out,
-                "report": report,
-                "probes": probes.json(),
-            }),
+            Ok((report, measures)) => {
+                let mut value = json!({"outcome": "completed", "directory": out, "report": report});
+                for (name, measured) in measures.json() {
+                    value[name] = measured;
+                }
+                value
+            }
             Err(failure) => failure.json(),
         })?;
     }
-    let (report, probes) = outcome?;
+    let (report, measures) = outcome?;
     if !as_json {
         output::line(format_args!("snapshot in {}", out.display()))?;
-        output::line(progress::summary(&report, &probes.rows()))?;
+        output::line(progress::summary(&report, &measures.rows()))?;
         if let Some(text) = reminder(&report.overlays) {
             output::line(text)?;
         }

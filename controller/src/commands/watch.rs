@@ -1,16 +1,19 @@
 //! `livesnap watch`: how fast a running QEMU's guest dirties its memory, without a snapshot.
 
-use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+mod beside;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytesize::ByteSize;
-use procfs::process::Process;
 use rustix::process::Pid;
 use serde::Serialize;
+use snapshot_core::Reason;
 use snapshot_core::dirty_rate::{Sampler, SamplerOptions, Window};
 use snapshot_core::vmm::Vmm as _;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
 
+use self::beside::{Beside, Told};
 use super::snapshot::{cancel_on_signal, parse_pid};
 use crate::{Failure, output};
 
@@ -51,6 +54,9 @@ pub struct Args {
     /// Memory that is watched at a time: more is more exact and costs the guest more
     #[arg(long, value_name = "SIZE", default_value = "128MiB")]
     sample: ByteSize,
+    /// Tell of the disk of this directory as well, where a snapshot would go
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
     /// Report as JSON, one line for each interval
     #[arg(long)]
     json: bool,
@@ -63,8 +69,8 @@ struct Line<'a> {
     at_unix_ms: u64,
     #[serde(flatten)]
     window: &'a Window,
-    /// For each virtual CPU, the share of the interval in which its thread had a CPU of the host.
-    vcpu_shares: &'a [f64],
+    #[serde(flatten)]
+    beside: Told,
 }
 
 /// Runs the command.
@@ -81,12 +87,13 @@ fn watch(args: Args) -> Result<(), Failure> {
     let cancel = cancel_on_signal()?;
     let qemu = QemuOptions { pid: args.pid, ..QemuOptions::new(args.qmp) };
     let options = SamplerOptions::new(args.sample.as_u64(), unix_ms());
-    let (mut sampler, mut cpus) = attach(qemu, &options)?;
+    let (mut sampler, mut beside) = attach(qemu, &options, args.out.as_deref())?;
     let mut lines_left = args.count;
     while lines_left != Some(0)
         && let Some(window) = sampler.window(args.interval, &cancel)?
     {
-        let line = Line { at_unix_ms: unix_ms(), window: &window, vcpu_shares: &cpus.shares() };
+        let beside = beside.take().map_err(|error| Failure::new(Reason::Internal, error))?;
+        let line = Line { at_unix_ms: unix_ms(), window: &window, beside };
         let text = if args.json { output::json_line(&line)? } else { in_words(&line) };
         if !output::heard_line(text)? {
             break;
@@ -97,69 +104,40 @@ fn watch(args: Args) -> Result<(), Failure> {
 }
 
 /// Takes from QEMU what is needed, and lets its control socket go.
-fn attach(qemu: QemuOptions, options: &SamplerOptions) -> Result<(Sampler, CpuClocks), Failure> {
+fn attach(
+    qemu: QemuOptions,
+    options: &SamplerOptions,
+    out: Option<&Path>,
+) -> Result<(Sampler, Beside), Failure> {
     let refused =
         |error: snapshot_core::vmm::qemu::QemuError| Failure::refused(error.reason(), error);
     let mut vmm = QemuVmm::attach_to_measure(qemu).map_err(refused)?;
     let threads = vmm.cpu_threads().map_err(refused)?;
     let sampler = Sampler::attach(&mut vmm, options)
         .map_err(|error| Failure::refused(error.reason(), error))?;
-    Ok((sampler, CpuClocks::new(vmm.pid(), &threads)))
+    let mut beside = Beside::new(vmm.pid(), &threads);
+    if let Some(Err(error)) = out.map(|out| beside.add_disk(out, vmm.pid())) {
+        output::error(format_args!("warning: {error}"));
+    }
+    Ok((sampler, beside))
 }
 
 fn in_words(line: &Line<'_>) -> String {
     let window = line.window;
     let rate = window.rate;
     let percent = window.sampled_bytes * 100 / window.ram_bytes.max(1);
-    let cpus: Vec<_> =
-        line.vcpu_shares.iter().map(|share| format!("{:.0} %", share * 100.0)).collect();
     format!(
-        "{:>8.1} MiB/s ± {:<7.1} seen in {percent} % of {}{}   vCPUs {}",
+        "{:>8.1} MiB/s ± {:<7.1} seen in {percent} % of {}{}   {}",
         mib(rate.bytes_per_second),
         mib(rate.error_bytes_per_second),
         output::bytes(window.ram_bytes),
         if window.sampled_huge_bytes > 0 { ", by huge pages" } else { "" },
-        cpus.join(" ")
+        line.beside.in_words()
     )
 }
 
 fn mib(bytes: f64) -> f64 {
     bytes / f64::from(1 << 20)
-}
-
-/// The CPU time of a process's virtual CPUs.
-struct CpuClocks {
-    tasks: Vec<Option<procfs::process::Task>>,
-    /// Of each, in nanoseconds, when it was last asked.
-    last_ns: Vec<Option<u64>>,
-    asked: Instant,
-}
-
-impl CpuClocks {
-    fn new(pid: Pid, threads: &[Pid]) -> Self {
-        let process = Process::new(pid.as_raw_pid()).ok();
-        let task = |thread: &Pid| process.as_ref()?.task_from_tid(thread.as_raw_pid()).ok();
-        let tasks = threads.iter().map(task).collect();
-        let mut clocks = Self { tasks, last_ns: vec![None; threads.len()], asked: Instant::now() };
-        clocks.shares();
-        clocks
-    }
-
-    /// The share of a host CPU that each had since this was last asked; nothing of threads that are gone.
-    fn shares(&mut self) -> Vec<f64> {
-        let elapsed = std::mem::replace(&mut self.asked, Instant::now()).elapsed();
-        let mut shares = Vec::with_capacity(self.tasks.len());
-        for (task, last_ns) in self.tasks.iter().zip(&mut self.last_ns) {
-            let now_ns =
-                task.as_ref().and_then(|task| Some(task.schedstat().ok()?.sum_exec_runtime));
-            let used_ns = now_ns.zip(*last_ns).map(|(now, last)| now.saturating_sub(last));
-            *last_ns = now_ns;
-            let share = used_ns
-                .map(|ns| Duration::from_nanos(ns).as_secs_f64() / elapsed.as_secs_f64().max(1e-9));
-            shares.push(share.unwrap_or(0.0));
-        }
-        shares
-    }
 }
 
 fn unix_ms() -> u64 {

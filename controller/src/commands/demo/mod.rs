@@ -26,7 +26,7 @@ use snapshot_core::{Cancel, Options, Reason, Report};
 use self::guest::Request;
 use self::vmm::{GuestError, GuestProcess};
 use super::snapshot::{cancel_on_signal, default_buffer_bytes, take};
-use crate::probes::SnapshotProbes;
+use crate::measures::Measures;
 use crate::{Failure, output, progress};
 
 /// One for each virtual CPU of a small guest.
@@ -146,7 +146,7 @@ fn take_snapshot(
     cancel: &Cancel,
 ) -> Result<(Report, u64), Failure> {
     let options = Options { buffer_bytes: default_buffer_bytes(), ..Options::default() };
-    let report = take(guest, &scratch.snapshot(), &options, cancel, &mut SnapshotProbes::Off)?;
+    let report = take(guest, &scratch.snapshot(), &options, cancel, &mut Measures::none())?;
     let now = guest.ask(Request::Look)?;
     let written = now.iter().zip(guest.counters_at_pause()).map(|(now, then)| now - then).sum();
     Ok((report, written))

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use livesnap_ebpf::disk::{DiskError, DiskProbe};
 use livesnap_ebpf::{ProbeError, Probes};
 use procfs::Current as _;
 use procfs::process::Process;
@@ -51,7 +52,11 @@ pub fn look() -> Vec<Finding> {
 pub fn look_at_destination(out: &Path) -> Vec<Finding> {
     let absolute = std::path::absolute(out).unwrap_or_else(|_| out.to_owned());
     let existing = absolute.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
-    vec![direct_io(existing, host::direct_io(existing)), space(existing)]
+    vec![
+        direct_io(existing, host::direct_io(existing)),
+        space(existing),
+        disk_probe(&DiskProbe::attach(existing, std::process::id())),
+    ]
 }
 
 /// The content of a small file, if there is one.
@@ -238,6 +243,24 @@ fn probes(attached: &Result<Probes, ProbeError>) -> Finding {
         Err(error) => Finding::degraded(
             SUBJECT,
             format!("{error}: reports lack the time that the guest's threads waited"),
+            "run livesnap as root, or give it CAP_BPF and CAP_PERFMON",
+        ),
+    }
+}
+
+fn disk_probe(attached: &Result<DiskProbe, DiskError>) -> Finding {
+    const SUBJECT: &str = "disk probe";
+    match attached {
+        Ok(probe) => {
+            let names: Vec<&str> = probe.disks().iter().map(|disk| disk.name.as_str()).collect();
+            Finding::ok(SUBJECT, format!("{} on {}", probe.tier(), names.join(", ")))
+        }
+        Err(error @ DiskError::NoDisk(_)) => {
+            Finding::ok(SUBJECT, format!("{error}: reports do not tell of it"))
+        }
+        Err(error) => Finding::degraded(
+            SUBJECT,
+            format!("{error}: reports lack what the disk did"),
             "run livesnap as root, or give it CAP_BPF and CAP_PERFMON",
         ),
     }
