@@ -28,7 +28,7 @@ const HANDLE_USERFAULT: &str = "handle_userfault";
 /// The tracepoints of page faults in user mode and in the kernel, of the group `exceptions`.
 const PAGE_FAULTS: [&str; 2] = ["page_fault_user", "page_fault_kernel"];
 
-/// A way to measure stalls. The order is by what was measured: see docs/probes.md.
+/// A way to measure stalls; docs/probes.md tells what each sees, and which have been compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tier {
