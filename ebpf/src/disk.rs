@@ -56,6 +56,13 @@ impl Tier {
             Self::RawTp => "raw-tp",
         }
     }
+
+    /// Loads and attaches.
+    fn attach(self, disks: &[Disk], ours: u32) -> Result<Ebpf, Cause> {
+        match self {
+            Self::RawTp => raw_tp(disks, ours),
+        }
+    }
 }
 
 impl fmt::Display for Tier {
@@ -117,13 +124,22 @@ impl DiskProbe {
     /// # Errors
     /// [`DiskError::NoDisk`] if they are not known, [`DiskError::Refused`] if no tier can be attached.
     pub fn attach(path: &Path, ours: u32) -> Result<Self, DiskError> {
+        Self::attach_any(path, ours, &Tier::ALL)
+    }
+
+    /// As [`attach`](Self::attach), by this tier only.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn attach_tier(path: &Path, ours: u32, tier: Tier) -> Result<Self, DiskError> {
+        Self::attach_any(path, ours, &[tier])
+    }
+
+    fn attach_any(path: &Path, ours: u32, tiers: &[Tier]) -> Result<Self, DiskError> {
         let disks = Disk::of(path)?;
         let mut refusals = Vec::new();
-        for tier in Tier::ALL {
-            let attached = match tier {
-                Tier::RawTp => raw_tp(&disks, ours),
-            };
-            match attached {
+        for &tier in tiers {
+            match tier.attach(&disks, ours) {
                 Ok(object) => return Ok(Self { object, tier, disks, since: Instant::now() }),
                 Err(cause) => refusals.push(Refusal { tier, cause }),
             }

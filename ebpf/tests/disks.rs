@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+#[allow(dead_code, reason = "the measure of the cost uses all of it")]
 mod fio;
 mod privilege;
 
-use fio::{Fio, Loop, Told};
+use fio::{Backing, Fio, Loop, Told};
 use livesnap_ebpf::disk::{DiskProbe, DiskReading, Irregular, Issuer, Operation, Requests};
 use privilege::is_root;
 
@@ -27,7 +28,7 @@ fn number_bytes_and_latency_are_those_that_fio_tells() {
     if !is_root("seeing requests on disks") {
         return;
     }
-    let device = Loop::new();
+    let device = Loop::new(Backing::Disk);
     // Large ones, beside which the wake-up is small.
     let one_at_a_time = ["--rw=randrw", "--bs=256k", "--size=64m", "--ioengine=libaio"];
     let mut fio = Fio::new(&device, &one_at_a_time);
@@ -51,7 +52,7 @@ fn the_depth_of_the_queue_is_that_which_fio_keeps() {
     if !is_root("seeing requests on disks") {
         return;
     }
-    let device = Loop::new();
+    let device = Loop::new(Backing::Disk);
     let mut fio = Fio::new(
         &device,
         &["--rw=randread", "--bs=64k", "--size=64m", "--ioengine=libaio", "--iodepth=8"],
@@ -73,7 +74,7 @@ fn our_requests_are_told_from_those_of_others() {
     if !is_root("seeing requests on disks") {
         return;
     }
-    let (device, elsewhere) = (Loop::new(), Loop::new());
+    let (device, elsewhere) = (Loop::new(Backing::Disk), Loop::new(Backing::Disk));
     let mut ours = Fio::new(&device, &["--rw=randwrite", "--bs=8k", "--size=32m"]);
     let mut other =
         Fio::new(&device, &["--rw=randwrite", "--bs=16k", "--size=32m", "--offset=32m"]);

@@ -32,7 +32,7 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
           --kernel VERSION for one of them, NAME for some of the tests
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
           --quick for a first look, --update-docs for docs/performance.*;
-          --probes alone: what the probes cost a fault
+          --probes alone: what the probes cost a fault, and a request
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   sim     judge the control core on simulated guests and disks; --seeds N, --seed K
   help    this text
@@ -65,11 +65,13 @@ fn main() -> Result<()> {
     }
 }
 
-/// Measures what the probes cost a fault.
+/// Measures what the probes cost a fault, and a request to a disk.
 fn bench_probes() -> Result<()> {
     setup::run()?;
-    let example = ["run", "--release", "--package", "livesnap-ebpf", "--example", "probe_cost"];
-    step::run("probe_cost", cargo(example))
+    ["probe_cost", "disk_cost"].into_iter().try_for_each(|name| {
+        let example = ["run", "--release", "--package", "livesnap-ebpf", "--example", name];
+        step::run(name, cargo(example))
+    })
 }
 
 /// Builds the product and a program of the tests package, and runs the latter.

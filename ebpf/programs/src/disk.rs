@@ -166,15 +166,17 @@ impl Maps {
         }
     }
 
-    /// Of a request `bytes` are done, of `left` that were not.
+    /// A request that is in flight.
     #[inline(always)]
-    pub fn complete(&self, id: u64, is_error: bool, bytes: u32, left: u32) {
+    pub fn in_flight(&self, id: u64) -> Option<Request> {
         // SAFETY: as above.
         let known = self.requests.get_ptr_mut(&id).map(|known| unsafe { *known });
-        let Some(request) = known.filter(|known| known.issued_ns != 0) else {
-            self.count(counter::COMPLETION_WITHOUT_ISSUE);
-            return;
-        };
+        known.filter(|known| known.issued_ns != 0)
+    }
+
+    /// Of a request that is in flight `bytes` are done, of `left` that were not.
+    #[inline(always)]
+    pub fn complete(&self, id: u64, request: Request, is_error: bool, bytes: u32, left: u32) {
         let Some(transfers) = self.transfers.get_ptr_mut(request.class) else { return };
         // SAFETY: this CPU's own value; the kernel does not run a program within itself.
         let transfers = unsafe { &mut *transfers };
@@ -238,8 +240,9 @@ impl Maps {
         unsafe { fetch_add(depth, by) }.wrapping_add(by)
     }
 
+    /// Counts what did not go by the book.
     #[inline(always)]
-    fn count(&self, counter: u32) {
+    pub fn count(&self, counter: u32) {
         if let Some(value) = self.counters.get_ptr_mut(counter) {
             // SAFETY: this CPU's own value; each counter is counted by few programs, which seldom interrupt each
             // other.

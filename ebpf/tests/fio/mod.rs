@@ -12,15 +12,28 @@ pub struct Loop {
     _file: tempfile::NamedTempFile,
 }
 
+/// How a loop device gets at its file.
+#[derive(Clone, Copy)]
+pub enum Backing {
+    /// Past the page cache: requests take as long as a real disk's.
+    Disk,
+    /// In the page cache: requests take no longer than a thread of the kernel needs for them.
+    PageCache,
+}
+
 impl Loop {
-    /// One on a file of 64 MiB, past its page cache: requests take as long as a real disk's.
-    pub fn new() -> Self {
+    /// One on a file of 64 MiB.
+    pub fn new(backing: Backing) -> Self {
         let mut file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
         // Written, not sparse: all requests take the same way.
         file.write_all(&vec![1; 64 << 20]).unwrap();
         file.as_file().sync_all().unwrap();
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--direct-io=on"])
+            .args(["--find", "--show"])
+            .arg(match backing {
+                Backing::Disk => "--direct-io=on",
+                Backing::PageCache => "--direct-io=off",
+            })
             .arg(file.path())
             .output()
             .unwrap();

@@ -6,7 +6,7 @@
 
 use aya_ebpf::macros::{btf_map, raw_tracepoint};
 use aya_ebpf::programs::RawTracePointContext;
-use livesnap_ebpf_common::disk::{disk_number, offset};
+use livesnap_ebpf_common::disk::{counter, disk_number, offset};
 use livesnap_ebpf_programs::disk::{is_of_interest, operation, read};
 
 livesnap_ebpf_programs::disk_maps!();
@@ -48,8 +48,10 @@ pub fn block_rq_requeue(ctx: RawTracePointContext) -> i32 {
 #[raw_tracepoint]
 pub fn block_rq_complete(ctx: RawTracePointContext) -> i32 {
     let (request, error, bytes) = (ctx.arg::<u64>(0), ctx.arg::<u32>(1), ctx.arg::<u32>(2));
-    if is_of_interest(disk(request)) {
-        MAPS.complete(request, error != 0, bytes, read(request, offset(offset::LEFT)));
+    if let Some(known) = MAPS.in_flight(request) {
+        MAPS.complete(request, known, error != 0, bytes, read(request, offset(offset::LEFT)));
+    } else if is_of_interest(disk(request)) {
+        MAPS.count(counter::COMPLETION_WITHOUT_ISSUE);
     }
     0
 }
