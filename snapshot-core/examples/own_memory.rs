@@ -17,7 +17,7 @@ use snapshot_core::vmm::{
     DeviceState, DiskSnapshot, MachineDescription, Outcome, RunState, Vmm, VmmError,
 };
 use snapshot_core::workload::{self, Workload};
-use snapshot_core::{Cancel, Options, Reason, Report, snapshot};
+use snapshot_core::{Cancel, Options, Progress, Reason, Report, SessionError, snapshot};
 
 type Error = Box<dyn std::error::Error>;
 
@@ -85,6 +85,16 @@ impl Vmm for Embedder<'_> {
 
 /// Takes a snapshot of this process's own memory into `dir` while two threads write to it.
 pub fn take(dir: &Path, options: &Options) -> Result<Report, Error> {
+    Ok(take_observed(dir, options, &Cancel::default(), &mut |_| {})?)
+}
+
+/// The same, for a caller who looks on and may end it.
+pub fn take_observed(
+    dir: &Path,
+    options: &Options,
+    cancel: &Cancel,
+    observe: &mut dyn FnMut(&Progress),
+) -> Result<Report, SessionError> {
     let workload = Workload::new(WRITERS, PAGES_PER_WRITER);
     std::thread::scope(|scope| {
         for writer in 0..WRITERS {
@@ -92,9 +102,9 @@ pub fn take(dir: &Path, options: &Options) -> Result<Report, Error> {
             scope.spawn(move || workload.run(writer));
         }
         let mut embedder = Embedder(&workload);
-        let taken = snapshot(&mut embedder, dir, options, &Cancel::default(), &mut |_| {});
+        let taken = snapshot(&mut embedder, dir, options, cancel, observe);
         workload.end();
-        Ok(taken?)
+        taken
     })
 }
 

@@ -4,10 +4,13 @@
 //! other and hands each full one to the writer, which returns it here once it is on disk. The bound is
 //! hard: where no extent is to be had, the thread waits, and with it the virtual CPU whose fault it serves.
 //! The sweep leaves a reserve, so that it is the sweep that waits first.
+//!
+//! The bound can be moved at any time. A smaller one comes into force as extents come home: until then the
+//! bound is what is in use, and memory goes back to the kernel with each extent that does.
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::address::{PAGE_BYTES, PageRun, as_index};
@@ -109,10 +112,28 @@ struct Pool {
     free: Vec<Extent>,
     /// Extents that exist, free or not.
     allocated: usize,
+    /// Extents that may be in use; never less than are.
     limit: usize,
+    /// What `limit` shall be once no more than that are in use.
+    limit_wanted: usize,
     /// Filled, for the writer.
     queue: VecDeque<Extent>,
     closed: bool,
+}
+
+impl Pool {
+    const fn in_use(&self) -> usize {
+        self.allocated - self.free.len()
+    }
+
+    /// Brings the bound as near to the wanted one as what is in use allows, and takes out the free extents
+    /// beyond it.
+    fn settle(&mut self) -> Vec<Extent> {
+        self.limit = self.limit_wanted.max(self.in_use());
+        let surplus = self.allocated.saturating_sub(self.limit).min(self.free.len());
+        self.allocated -= surplus;
+        self.free.split_off(self.free.len() - surplus)
+    }
 }
 
 /// The pool of extents and the queue to the writer.
@@ -126,6 +147,8 @@ pub struct Buffer {
     queue_len: AtomicUsize,
     in_use: AtomicUsize,
     in_use_max: AtomicUsize,
+    /// Bytes of pages that were in extents which came home.
+    drained_bytes: AtomicU64,
 }
 
 impl Buffer {
@@ -142,6 +165,7 @@ impl Buffer {
             free,
             allocated: ready,
             limit,
+            limit_wanted: limit,
             queue: VecDeque::with_capacity(limit.min(QUEUE_EXTENTS)),
             closed: false,
         };
@@ -152,13 +176,36 @@ impl Buffer {
             queue_len: AtomicUsize::new(0),
             in_use: AtomicUsize::new(0),
             in_use_max: AtomicUsize::new(0),
+            drained_bytes: AtomicU64::new(0),
         })
     }
 
-    /// The bound in bytes.
+    /// The bound in force, in bytes.
     #[must_use]
     pub fn limit_bytes(&self) -> u64 {
         (self.lock().limit * EXTENT_BYTES) as u64
+    }
+
+    /// Moves the bound to `limit_bytes`: at once if no more than that is in use, and otherwise as extents
+    /// come home.
+    pub fn set_limit_bytes(&self, limit_bytes: u64) {
+        let limit = as_index(limit_bytes) / EXTENT_BYTES;
+        let mut pool = self.lock();
+        if pool.limit_wanted == limit {
+            return;
+        }
+        pool.limit_wanted = limit;
+        let surplus = pool.settle();
+        drop(pool);
+        self.freed.notify_all();
+        // Unmapping takes its time: not under the lock, for which a fault may be waiting.
+        drop(surplus);
+    }
+
+    /// Bytes of pages that have left the buffer since it was made.
+    #[must_use]
+    pub fn drained_bytes(&self) -> u64 {
+        self.drained_bytes.load(Ordering::Relaxed)
     }
 
     /// Bytes of extents in use: being filled, queued, or being written.
@@ -197,7 +244,7 @@ impl Buffer {
             if pool.closed {
                 return Ok(None);
             }
-            let in_use = pool.allocated - pool.free.len();
+            let in_use = pool.in_use();
             let bound = match purpose {
                 Purpose::Fault => pool.limit,
                 Purpose::Sweep => {
@@ -221,11 +268,11 @@ impl Buffer {
                 };
                 pool = self.lock();
                 pool.allocated -= 1;
-                self.count_use(pool.allocated - pool.free.len());
+                self.count_use(pool.in_use());
                 // The host is short of memory: make do with what is ready or has come back meanwhile, and
                 // otherwise with what is in use and will come back.
                 if let Some(extent) = pool.free.pop() {
-                    self.count_use(pool.allocated - pool.free.len());
+                    self.count_use(pool.in_use());
                     return Ok(Some(extent));
                 }
                 if pool.allocated == 0 {
@@ -261,17 +308,17 @@ impl Buffer {
 
     /// Returns an extent whose pages are on disk or not wanted any more.
     pub fn recycle(&self, mut extent: Extent) {
+        self.drained_bytes.fetch_add(extent.used_bytes as u64, Ordering::Relaxed);
         extent.pieces.clear();
         extent.used_bytes = 0;
         let mut pool = self.lock();
-        if pool.allocated <= pool.limit {
-            pool.free.push(extent);
-        } else {
-            pool.allocated -= 1;
-        }
-        self.in_use.store(pool.allocated - pool.free.len(), Ordering::Relaxed);
+        pool.free.push(extent);
+        let surplus = pool.settle();
+        self.in_use.store(pool.in_use(), Ordering::Relaxed);
+        drop(pool);
         // The sweep may be among the waiters and not be satisfied: wake all.
         self.freed.notify_all();
+        drop(surplus);
     }
 
     /// No more extents are given out; whoever waits is woken. What is queued can still be fetched.
@@ -351,6 +398,45 @@ mod tests {
             swept.into_iter().chain(faults.into_iter().flatten()).for_each(|e| buffer.recycle(e));
             assert!(sweep.join().unwrap().is_some());
         });
+    }
+
+    #[test]
+    fn a_larger_bound_lets_those_who_wait_go_on() {
+        let buffer = Buffer::new(2 * EXTENT, 0).unwrap();
+        let taken = [(); 2].map(|()| buffer.take(Purpose::Fault).unwrap().unwrap());
+        std::thread::scope(|scope| {
+            let fault = scope.spawn(|| buffer.take(Purpose::Fault).unwrap());
+            assert!(!fault.is_finished());
+            buffer.set_limit_bytes(3 * EXTENT);
+            assert!(fault.join().unwrap().is_some());
+        });
+        assert_eq!((buffer.limit_bytes(), buffer.used_bytes()), (3 * EXTENT, 3 * EXTENT));
+        drop(taken);
+    }
+
+    #[test]
+    fn a_smaller_bound_comes_with_the_extents_that_come_home() {
+        let buffer = Buffer::new(6 * EXTENT, 3 * EXTENT).unwrap();
+        let mut taken: Vec<_> =
+            (0..4).map(|_| buffer.take(Purpose::Fault).unwrap().unwrap()).collect();
+        buffer.set_limit_bytes(2 * EXTENT);
+        assert_eq!(buffer.limit_bytes(), 4 * EXTENT, "what is in use is not taken away");
+        for left in [3, 2, 2, 2] {
+            buffer.recycle(taken.pop().unwrap());
+            assert_eq!(buffer.limit_bytes(), left * EXTENT);
+        }
+        assert_eq!(buffer.lock().allocated, 2, "memory beyond the bound is given back");
+        buffer.set_limit_bytes(EXTENT);
+        assert_eq!(buffer.lock().allocated, 1, "free memory is given back at once");
+    }
+
+    #[test]
+    fn what_has_left_is_counted_by_what_was_in_it() {
+        let buffer = Buffer::new(4 * EXTENT, 0).unwrap();
+        let mut extent = buffer.take(Purpose::Fault).unwrap().unwrap();
+        extent.push(run(7, 3));
+        buffer.recycle(extent);
+        assert_eq!(buffer.drained_bytes(), 3 * PAGE_BYTES);
     }
 
     #[test]

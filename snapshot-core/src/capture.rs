@@ -265,13 +265,19 @@ impl Engine {
     pub fn progress(&self) -> Progress {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.counters;
-        let saved_pages = load(&counters.fault_pages) + load(&counters.sweep_pages);
+        let total_bytes = self.ram.layout.total_bytes();
+        let fault_bytes = load(&counters.fault_pages) * PAGE_BYTES;
+        let saved_bytes = fault_bytes + load(&counters.sweep_pages) * PAGE_BYTES;
         Progress {
-            total_bytes: self.ram.layout.total_bytes(),
-            saved_bytes: saved_pages * PAGE_BYTES,
+            total_bytes,
+            saved_bytes,
+            fault_bytes,
+            remaining_bytes: total_bytes.saturating_sub(saved_bytes),
             written_bytes: load(&counters.written_bytes),
+            drained_bytes: self.buffer.drained_bytes(),
             buffer_used_bytes: self.buffer.used_bytes(),
             buffer_limit_bytes: self.buffer.limit_bytes(),
+            buffer_waits: load(&counters.buffer_waits),
             faults: load(&counters.faults),
             service: counters.service.summary(),
             ..Progress::default()

@@ -65,5 +65,7 @@ pub use reason::Reason;
 pub use report::{Captured, Downtime, Phase, Progress, Report};
 #[cfg(feature = "controls")]
 pub use session::Controls;
-pub use session::{BUFFER_BYTES_MIN, Cancel, Cause, Options, SessionError, snapshot};
+pub use session::{
+    Abort, BUFFER_BYTES_MIN, BufferLimit, Cancel, Cause, Options, SessionError, snapshot,
+};
 pub use sys::uffd::create_local as userfaultfd;

@@ -90,6 +90,13 @@ reasons! {
     Io = "io",
     /// The operator cancelled it.
     Cancelled = "cancelled",
+    // Given up by the controller, because the policy's limits could not be kept.
+    /// The copy buffer was forecast to overflow even with the least CPU time that the guest must be left.
+    BufferForecast = "buffer_forecast",
+    /// The guest's writes waited longer than allowed even with the least CPU time that it must be left.
+    StallLimit = "stall_limit",
+    /// The destination is too slow for the deadline.
+    Deadline = "deadline",
     // Reading a snapshot.
     /// The directory holds no complete snapshot.
     NotASnapshot = "not_a_snapshot",

@@ -69,12 +69,20 @@ pub struct Progress {
     pub total_bytes: u64,
     /// Bytes of RAM whose content at the consistency point is saved, holes included.
     pub saved_bytes: u64,
+    /// Of these, bytes saved because of faults, with what was captured around.
+    pub fault_bytes: u64,
+    /// Bytes of RAM that nobody has saved yet.
+    pub remaining_bytes: u64,
     /// Bytes written to the RAM file.
     pub written_bytes: u64,
+    /// Bytes of pages that have left the copy buffer: written, or found to be zero.
+    pub drained_bytes: u64,
     /// Copy buffer in use, in bytes.
     pub buffer_used_bytes: u64,
-    /// Its bound, in bytes.
+    /// Its bound now, in bytes.
     pub buffer_limit_bytes: u64,
+    /// Faults that had to wait for room in it.
+    pub buffer_waits: u64,
     /// Write faults served since the consistency point.
     pub faults: u64,
     /// Time that the handler took for them.
@@ -148,7 +156,7 @@ pub struct Report {
     pub service: Summary,
     /// Most of the copy buffer that was in use, in bytes.
     pub buffer_peak_bytes: u64,
-    /// Bound of the copy buffer, in bytes.
+    /// Bound of the copy buffer at the end, in bytes.
     pub buffer_limit_bytes: u64,
     /// Bytes written per second between the consistency point and the durable snapshot.
     pub throughput_bytes_per_second: u64,

@@ -16,9 +16,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -57,6 +56,8 @@ pub const BUFFER_BYTES_MIN: u64 = 16 << 20;
 pub struct Options {
     /// Bound of the copy buffer in bytes, at least [`BUFFER_BYTES_MIN`], and 8 MiB and 4 MiB for each context.
     pub buffer_bytes: u64,
+    /// Moves that bound while the session runs.
+    pub buffer_limit: BufferLimit,
     /// Userfaultfd contexts, each with a fault thread; nothing means one for every four virtual CPUs.
     pub contexts: Option<usize>,
     /// Longest pause; beyond it the guest is resumed and the session fails.
@@ -80,6 +81,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             buffer_bytes: 256 << 20,
+            buffer_limit: BufferLimit::default(),
             contexts: None,
             pause_limit: Duration::from_secs(2),
             #[cfg(feature = "controls")]
@@ -106,27 +108,73 @@ impl Options {
     }
 }
 
+/// Moves the copy buffer's bound while a session runs, from `observe` or from another thread.
+///
+/// Clones move the same bound. A smaller one comes into force as copies reach the disk; it is never less than what is
+/// in use, nor than the least that [`Options::buffer_bytes`] may be.
+#[derive(Clone, Debug, Default)]
+pub struct BufferLimit(Arc<AtomicU64>);
+
+impl BufferLimit {
+    /// Asks for a bound in bytes; the session follows right after the next call of `observe`.
+    pub fn set_bytes(&self, limit_bytes: u64) {
+        self.0.store(limit_bytes, Ordering::Release);
+    }
+
+    /// What was asked for last, in bytes.
+    #[must_use]
+    pub fn wanted_bytes(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Acquire)).filter(|&bytes| bytes > 0)
+    }
+}
+
 /// Lets another thread, or a signal handler, end a session.
 #[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
+pub struct Cancel {
+    flag: Arc<AtomicBool>,
+    abort: Arc<OnceLock<Abort>>,
+}
+
+/// Why another party gives a session up.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct Abort {
+    /// The stable code.
+    pub reason: Reason,
+    /// One sentence: what cannot be, by what evidence, and what to do.
+    pub text: String,
+}
 
 impl From<Arc<AtomicBool>> for Cancel {
     /// Ends the session once `flag` is true; signal handlers can set one.
     fn from(flag: Arc<AtomicBool>) -> Self {
-        Self(flag)
+        Self { flag, abort: Arc::default() }
     }
 }
 
 impl Cancel {
     /// Asks the session to end; it does so within some 50 ms, or within its present request to the VMM.
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
+        self.flag.store(true, Ordering::Release);
+    }
+
+    /// The same, with a reason of the caller's own. The first reason counts, and none of them once the session was
+    /// cancelled without.
+    pub fn abort(&self, abort: Abort) {
+        if !self.is_cancelled() {
+            self.abort.get_or_init(|| abort);
+            self.cancel();
+        }
     }
 
     /// Whether it was asked to.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.flag.load(Ordering::Acquire)
+    }
+
+    fn cause(&self) -> Cause {
+        self.abort.get().map_or(Cause::Cancelled, |abort| Cause::Aborted(abort.clone()))
     }
 }
 
@@ -241,6 +289,9 @@ pub enum Cause {
     /// Somebody asked for it.
     #[error("cancelled: the guest runs on, and nothing is left of the snapshot")]
     Cancelled,
+    /// Another party gave it up, for a reason of its own.
+    #[error(transparent)]
+    Aborted(Abort),
     /// A system call of the session's own failed.
     #[error("cannot {operation}: {source}")]
     System {
@@ -281,6 +332,7 @@ impl Cause {
             Self::BufferTooSmall { .. } => Reason::BadArgument,
             Self::PauseTooLong { .. } => Reason::PauseTooLong,
             Self::Cancelled => Reason::Cancelled,
+            Self::Aborted(abort) => abort.reason,
             Self::System { .. } => Reason::Internal,
         }
     }
@@ -394,7 +446,7 @@ impl Session<'_> {
         cpus: u32,
     ) -> Result<Engine, Cause> {
         let count = self.options.contexts.unwrap_or((cpus as usize).div_ceil(4)).clamp(1, 16);
-        let least_bytes = BUFFER_BYTES_MIN.max(2 * (count as u64 + 2) * EXTENT_BYTES as u64);
+        let least_bytes = least_buffer_bytes(count);
         if self.options.buffer_bytes < least_bytes {
             let buffer_bytes = self.options.buffer_bytes;
             return Err(Cause::BufferTooSmall { buffer_bytes, least_bytes });
@@ -598,7 +650,7 @@ impl Session<'_> {
             if self.cancel.is_cancelled() {
                 // Else the writer would first write out all that is queued.
                 engine.release();
-                return Err(Cause::Cancelled);
+                return Err(self.cancel.cause());
             }
             self.tell(Some(engine));
             std::thread::park_timeout(TICK / 10);
@@ -654,11 +706,19 @@ impl Session<'_> {
         let elapsed_ns = nanos(self.began.elapsed());
         let is_consistent = self.is_consistent;
         (self.observe)(&Progress { phase: self.phase, is_consistent, elapsed_ns, ..progress });
+        if let (Some(engine), Some(bytes)) = (engine, self.options.buffer_limit.wanted_bytes()) {
+            engine.buffer.set_limit_bytes(bytes.max(least_buffer_bytes(engine.ram.contexts.len())));
+        }
     }
 
     fn give_up_if_cancelled(&self) -> Result<(), Cause> {
-        if self.cancel.is_cancelled() { Err(Cause::Cancelled) } else { Ok(()) }
+        if self.cancel.is_cancelled() { Err(self.cancel.cause()) } else { Ok(()) }
     }
+}
+
+/// Least copy buffer for so many contexts, in bytes.
+fn least_buffer_bytes(contexts: usize) -> u64 {
+    BUFFER_BYTES_MIN.max(2 * (contexts as u64 + 2) * EXTENT_BYTES as u64)
 }
 
 fn give_up_if_failed(engine: &Engine) -> Result<(), Cause> {

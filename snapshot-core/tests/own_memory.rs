@@ -8,8 +8,10 @@ mod own_memory;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use own_memory::{check, take};
-use snapshot_core::{Controls, Options};
+use own_memory::{check, take, take_observed};
+use snapshot_core::{
+    Abort, BUFFER_BYTES_MIN, Cancel, Cause, Controls, Options, Phase, Progress, Reason,
+};
 
 /// Whether userfaultfd may be used here. Says so loudly if not, and fails where it must be available.
 fn privileged() -> bool {
@@ -72,6 +74,84 @@ fn several_contexts_and_a_small_buffer_change_nothing() {
     check(&snapshot).unwrap();
     assert_eq!(report.contexts, 4);
     assert!(report.buffer_peak_bytes <= buffer_bytes, "{report:?}");
+}
+
+#[test]
+fn the_buffers_bound_moves_while_a_session_runs_and_holds() {
+    if !privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = dir.path().join("resized");
+    let options = Options { buffer_bytes: 24 << 20, contexts: Some(1), ..Options::default() };
+    let mut limits = Vec::new();
+    let mut observe = |progress: &Progress| {
+        match progress.phase {
+            Phase::Arming => options.buffer_limit.set_bytes(48 << 20),
+            Phase::Copying => options.buffer_limit.set_bytes(20 << 20),
+            Phase::Draining => options.buffer_limit.set_bytes(1),
+            _ => {}
+        }
+        assert!(progress.buffer_used_bytes <= progress.buffer_limit_bytes, "{progress:?}");
+        limits.push(progress.buffer_limit_bytes);
+    };
+    let report = take_observed(&snapshot, &options, &Cancel::default(), &mut observe).unwrap();
+    check(&snapshot).unwrap();
+    for limit in [24 << 20, 48 << 20] {
+        assert!(limits.contains(&limit), "never {limit}: {limits:?}");
+    }
+    assert_eq!(report.buffer_limit_bytes, BUFFER_BYTES_MIN, "never less than works");
+    assert!(report.buffer_peak_bytes <= 48 << 20, "{report:?}");
+}
+
+#[test]
+fn progress_accounts_for_every_byte() {
+    if !privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut last = Progress::default();
+    let mut observe = |progress: &Progress| {
+        assert_eq!(progress.saved_bytes + progress.remaining_bytes, progress.total_bytes);
+        assert!(progress.fault_bytes <= progress.saved_bytes, "{progress:?}");
+        if progress.phase == Phase::Committing {
+            last = *progress;
+        }
+    };
+    let options = Options::default();
+    let snapshot = dir.path().join("accounted");
+    let report = take_observed(&snapshot, &options, &Cancel::default(), &mut observe).unwrap();
+    assert_eq!(last.remaining_bytes, 0);
+    assert_eq!(last.fault_bytes, report.captured.by_fault_bytes);
+    assert_eq!(last.drained_bytes, last.total_bytes - report.captured.hole_bytes);
+    assert_eq!(last.written_bytes, report.stored_bytes);
+}
+
+#[test]
+fn another_party_gives_a_session_up_with_its_own_reason() {
+    if !privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = dir.path().join("given-up");
+    let cancel = Cancel::default();
+    let abort = |text: &str| Abort { reason: Reason::BufferForecast, text: text.into() };
+    let mut observe = |progress: &Progress| {
+        if progress.phase == Phase::Copying {
+            cancel.abort(abort("the first reason counts"));
+            cancel.abort(abort("a later one does not"));
+        }
+    };
+    let error = take_observed(&snapshot, &Options::default(), &cancel, &mut observe).unwrap_err();
+    assert_eq!((error.phase, error.reason()), (Phase::Copying, Reason::BufferForecast));
+    assert_eq!(error.to_string(), "the first reason counts");
+    assert!(!snapshot.exists(), "nothing is left of it");
+
+    let cancel = Cancel::default();
+    cancel.cancel();
+    cancel.abort(abort("the operator was first"));
+    let error = take_observed(&snapshot, &Options::default(), &cancel, &mut |_| {}).unwrap_err();
+    assert!(matches!(error.cause, Cause::Cancelled), "{error}");
 }
 
 #[test]
