@@ -1,4 +1,8 @@
 //! The requests that the disk probe sees are those that fio says it had.
+//!
+//! The kernel does not run a program on a CPU where the same program is interrupted, so on a busy machine one request in
+//! some ten thousand is missed; the probe tells how many. And what holds fio back after a request is in fio's figures
+//! alone. So each test may be repeated until nothing of that happened; that nothing is missed unseen must hold each time.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
@@ -6,96 +10,125 @@
 mod fio;
 mod privilege;
 
+use std::sync::{Mutex, PoisonError};
+
 use fio::{Backing, Fio, Loop, Told};
 use livesnap_ebpf::disk::{DiskProbe, DiskReading, Irregular, Issuer, Operation, Requests};
 use privilege::is_root;
 
+const ATTEMPTS: usize = 8;
 /// What fio's figure may differ: its own wake-up is in it.
 const TOLERANCE_NS: f64 = 2_000.0;
 const TOLERANCE: f64 = 0.1;
+
+/// Runs `attempt` until it succeeds, while no other test does.
+fn repeat(attempt: impl Fn() -> Result<(), String>) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    if !is_root("seeing requests on disks") {
+        return;
+    }
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let problems: Vec<String> = (0..ATTEMPTS).map_while(|_| attempt().err()).collect();
+    assert!(problems.len() < ATTEMPTS, "{problems:#?}");
+}
 
 fn of(reading: &DiskReading, operation: Operation, issuer: Issuer) -> &Requests {
     reading.of(operation, issuer).unwrap()
 }
 
-fn assert_same(seen: &Requests, told: &Told) {
-    eprintln!("seen {:?}, {} bytes; fio tells {told:?}", seen.latency.summary(), seen.bytes);
-    assert_eq!((seen.latency.count, seen.bytes), (told.requests, told.bytes));
+/// Number and bytes are the same; if not, then by no more requests than the probe tells that it has missed.
+fn compare(reading: &DiskReading, pairs: &[(&Requests, &Told)]) -> Result<(), String> {
+    let irregular = reading.irregular;
+    let missed =
+        irregular.issue_without_completion + irregular.completion_without_issue + reading.depth.now;
+    let mut lacking = 0;
+    for (seen, told) in pairs {
+        eprintln!("seen {:?}, {} bytes; fio tells {told:?}", seen.latency.summary(), seen.bytes);
+        assert!(seen.latency.count <= told.requests, "none is counted twice, and none too many");
+        assert_eq!(seen.bytes * told.requests, told.bytes * seen.latency.count);
+        lacking += told.requests - seen.latency.count;
+    }
+    assert!(lacking <= missed, "{lacking} are not counted: {irregular:?}");
+    if irregular == Irregular::default() {
+        assert_eq!((lacking, reading.depth.now, reading.depth.ours_now), (0, 0, 0));
+        Ok(())
+    } else {
+        Err(format!("{irregular:?}"))
+    }
 }
 
 #[test]
 fn number_bytes_and_latency_are_those_that_fio_tells() {
-    if !is_root("seeing requests on disks") {
-        return;
-    }
-    let device = Loop::new(Backing::Disk);
-    // Large ones, beside which the wake-up is small.
-    let one_at_a_time = ["--rw=randrw", "--bs=256k", "--size=64m", "--ioengine=libaio"];
-    let mut fio = Fio::new(&device, &one_at_a_time);
-    let probe = DiskProbe::attach(device.path(), fio.pid()).unwrap();
-    fio.start();
-    let (read, written) = fio.finish();
-    let reading = probe.read().unwrap();
-    for (operation, told) in [(Operation::Read, read), (Operation::Write, written)] {
-        let seen = of(&reading, operation, Issuer::Ours);
-        assert_same(seen, &told);
-        let difference = (seen.latency.mean_ns() as f64 - told.clat_ns).abs();
-        assert!(difference <= TOLERANCE_NS.max(told.clat_ns * TOLERANCE), "{difference} ns");
-    }
-    assert_eq!(reading.irregular, Irregular::default());
-    assert_eq!((reading.depth.ours_max, reading.depth.now), (1, 0));
+    repeat(|| {
+        let device = Loop::new(Backing::Disk);
+        // Large ones, beside which the wake-up is small.
+        let one_at_a_time = ["--rw=randrw", "--bs=256k", "--size=64m", "--ioengine=libaio"];
+        let mut fio = Fio::new(&device, &one_at_a_time);
+        let probe = DiskProbe::attach(device.path(), fio.pid()).unwrap();
+        fio.start();
+        let (read, written) = fio.finish();
+        let reading = probe.read().unwrap();
+        let seen = [Operation::Read, Operation::Write]
+            .map(|operation| of(&reading, operation, Issuer::Ours));
+        let pairs = [(seen[0], &read), (seen[1], &written)];
+        compare(&reading, &pairs)?;
+        assert_eq!(reading.depth.ours_max, 1);
+        for (seen, told) in pairs {
+            let difference = (seen.latency.mean_ns() as f64 - told.clat_ns).abs();
+            if difference > TOLERANCE_NS.max(told.clat_ns * TOLERANCE) {
+                return Err(format!("{difference} ns of {told:?}"));
+            }
+        }
+        Ok(())
+    });
 }
 
 #[test]
 fn the_depth_of_the_queue_is_that_which_fio_keeps() {
     const DEPTH: u64 = 8;
-    if !is_root("seeing requests on disks") {
-        return;
-    }
-    let device = Loop::new(Backing::Disk);
-    let mut fio = Fio::new(
-        &device,
-        &["--rw=randread", "--bs=64k", "--size=64m", "--ioengine=libaio", "--iodepth=8"],
-    );
-    let probe = DiskProbe::attach(device.path(), fio.pid()).unwrap();
-    fio.start();
-    let (told, _) = fio.finish();
-    let reading = probe.read().unwrap();
-    assert_same(of(&reading, Operation::Read, Issuer::Ours), &told);
-    let mean = reading.mean_depth(Some(Issuer::Ours));
-    assert!((2..=DEPTH).contains(&reading.depth.ours_max), "{:?}", reading.depth);
-    assert_eq!((reading.depth.now, reading.depth.ours_now), (0, 0));
-    // fio needs time to start and to end, in which there are none.
-    assert!(0.0 < mean && mean <= 8.0, "{mean}");
+    repeat(|| {
+        let device = Loop::new(Backing::Disk);
+        let mut fio = Fio::new(
+            &device,
+            &["--rw=randread", "--bs=64k", "--size=64m", "--ioengine=libaio", "--iodepth=8"],
+        );
+        let probe = DiskProbe::attach(device.path(), fio.pid()).unwrap();
+        fio.start();
+        let (told, _) = fio.finish();
+        let reading = probe.read().unwrap();
+        compare(&reading, &[(of(&reading, Operation::Read, Issuer::Ours), &told)])?;
+        let depth = reading.depth;
+        assert!((2..=DEPTH).contains(&depth.ours_max), "{depth:?}");
+        // fio needs time to start and to end, in which there are none.
+        let mean = reading.mean_depth(Some(Issuer::Ours));
+        assert!(0.0 < mean && mean <= depth.ours_max as f64, "{mean}, {depth:?}");
+        Ok(())
+    });
 }
 
 #[test]
 fn our_requests_are_told_from_those_of_others() {
-    if !is_root("seeing requests on disks") {
-        return;
-    }
-    let (device, elsewhere) = (Loop::new(Backing::Disk), Loop::new(Backing::Disk));
-    let mut ours = Fio::new(&device, &["--rw=randwrite", "--bs=8k", "--size=32m"]);
-    let mut other =
-        Fio::new(&device, &["--rw=randwrite", "--bs=16k", "--size=32m", "--offset=32m"]);
-    let probe = DiskProbe::attach(device.path(), ours.pid()).unwrap();
-    let of_another_disk = DiskProbe::attach(elsewhere.path(), ours.pid()).unwrap();
-    ours.start();
-    other.start();
-    let (_, told) = ours.finish();
-    let (_, told_by_other) = other.finish();
-    let reading = probe.read().unwrap();
-    assert_same(of(&reading, Operation::Write, Issuer::Ours), &told);
-    assert_same(of(&reading, Operation::Write, Issuer::Foreign), &told_by_other);
-    assert!((1..=2).contains(&reading.depth.max), "{:?}", reading.depth);
+    repeat(|| {
+        let (device, elsewhere) = (Loop::new(Backing::Disk), Loop::new(Backing::Disk));
+        let mut ours = Fio::new(&device, &["--rw=randwrite", "--bs=8k", "--size=32m"]);
+        let mut other =
+            Fio::new(&device, &["--rw=randwrite", "--bs=16k", "--size=31m", "--offset=33m"]);
+        let probe = DiskProbe::attach(device.path(), ours.pid()).unwrap();
+        let of_another_disk = DiskProbe::attach(elsewhere.path(), ours.pid()).unwrap();
+        ours.start();
+        other.start();
+        let (_, told) = ours.finish();
+        let (_, told_by_other) = other.finish();
 
-    let nothing = of_another_disk.read().unwrap();
-    assert!(
-        nothing
-            .requests
-            .iter()
-            .all(|requests| requests.issuer == Issuer::Foreign || requests.latency.count == 0),
-        "{nothing:?}"
-    );
-    assert_eq!(of(&nothing, Operation::Write, Issuer::Foreign).latency.count, 0);
+        let nothing = of_another_disk.read().unwrap();
+        for issuer in [Issuer::Ours, Issuer::Foreign] {
+            assert_eq!(of(&nothing, Operation::Write, issuer).latency.count, 0, "{nothing:?}");
+        }
+        let reading = probe.read().unwrap();
+        let seen =
+            [Issuer::Ours, Issuer::Foreign].map(|issuer| of(&reading, Operation::Write, issuer));
+        compare(&reading, &[(seen[0], &told), (seen[1], &told_by_other)])?;
+        assert!((1..=2).contains(&reading.depth.max), "{:?}", reading.depth);
+        Ok(())
+    });
 }
