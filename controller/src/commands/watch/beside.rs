@@ -122,6 +122,9 @@ fn disk_in_words(probe: &DiskProbe, interval: &DiskReading) -> String {
     let names: Vec<&str> = probe.disks().iter().map(|disk| disk.name.as_str()).collect();
     let words = |issuer| {
         let (bytes, latency) = disk::sum(interval, issuer, |_| true);
+        if latency.count == 0 {
+            return "nothing".to_owned();
+        }
         let mean = nanos(latency.mean_ns());
         format!("{} in {} requests of {mean}", output::bytes(bytes), latency.count)
     };
