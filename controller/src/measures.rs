@@ -126,7 +126,9 @@ impl Outcome {
         format!(
             "vCPUs {}{}; fault threads {}",
             in_words(&self.vcpus),
-            self.throttled_ns.map_or(String::new(), |ns| format!(", throttled for {}", nanos(ns))),
+            self.throttled_ns
+                .filter(|ns| *ns > 0)
+                .map_or(String::new(), |ns| format!(", throttled for {}", nanos(ns))),
             in_words(&self.fault_threads)
         )
     }
