@@ -109,8 +109,8 @@ pub struct Observation {
     pub saved_bytes: f64,
     /// Share of CPU time that the writers got.
     pub cpu_ratio: f64,
-    /// Writes wait for room: the guest would touch more than it can.
-    pub is_full: bool,
+    /// Writers are slowed down or wait, which is not in `cpu_ratio`: the guest would touch more than it can.
+    pub is_held_up: bool,
     /// The disk had something to do all the while.
     pub disk_was_busy: bool,
 }
@@ -150,8 +150,8 @@ impl Model {
         }
         let rate = seen.touched_bytes / (dt_s * seen.cpu_ratio);
         self.regime_s += dt_s;
-        // Writers that wait touch as much as the disk lets them, not as much as they would.
-        if seen.is_full && rate < self.touch.value {
+        // Writers that are held up touch as much as the disk lets them, not as much as they would.
+        if seen.is_held_up && rate < self.touch.value {
             return;
         }
         let usual = self.touch.deviation;
@@ -201,6 +201,12 @@ impl Model {
     #[must_use]
     pub const fn is_fitted(&self) -> bool {
         self.touch.known && self.drain.known
+    }
+
+    /// Whether the first-touch rate has been seen often enough since the regime began.
+    #[must_use]
+    pub fn knows_touch_rate(&self) -> bool {
+        self.line.weight > LINE_POINTS_MIN
     }
 
     /// Age of the present regime in seconds.
@@ -267,7 +273,7 @@ mod tests {
                 drained_bytes: 20e6,
                 saved_bytes: hot_bytes - left,
                 cpu_ratio,
-                is_full: false,
+                is_held_up: false,
                 disk_was_busy: true,
             });
         }
@@ -302,7 +308,7 @@ mod tests {
                 drained_bytes: 20e6,
                 saved_bytes: f64::from(tick) * 50e6,
                 cpu_ratio: 1.0,
-                is_full: false,
+                is_held_up: false,
                 disk_was_busy: true,
             });
         }
@@ -333,7 +339,7 @@ mod tests {
                 drained_bytes: 20e6,
                 saved_bytes: 2e9,
                 cpu_ratio: 1.0,
-                is_full: true,
+                is_held_up: true,
                 disk_was_busy: true,
             });
         }
@@ -350,7 +356,7 @@ mod tests {
             drained_bytes: 0.0,
             saved_bytes: 1e9,
             cpu_ratio: 1.0,
-            is_full: false,
+            is_held_up: false,
             disk_was_busy: false,
         });
         assert!(model.expected().drain_rate > 390e6);

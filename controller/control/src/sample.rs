@@ -30,7 +30,9 @@ pub struct Sample {
     pub buffer_used_bytes: u64,
     /// Its bound now, in bytes.
     pub buffer_limit_bytes: u64,
-    /// Share of CPU time that the writing virtual CPUs really got since the last sample, if it was measured.
+    /// Share of their time that the writing virtual CPUs could really use since the last sample, if it was measured:
+    /// neither withheld by a throttle nor lost because the buffer was full or nearly so (fault stalls beyond
+    /// what the same bytes cost while there is room).
     pub cpu_ratio: Option<f64>,
     /// Fault stalls since the last sample, if probes measure them.
     pub stall: Option<Stall>,

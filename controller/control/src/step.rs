@@ -4,7 +4,7 @@
 //! so that it would last for [`GLIDE_S`]:
 //!
 //! ```text
-//!   q = (d + (limit − margin − reserve − B) / GLIDE_S) / a          clamped to min_cpu .. 1
+//!   q = (d + (useful part − reserve − B) / GLIDE_S) / a          clamped to min_cpu .. 1
 //! ```
 //!
 //! It needs no integrator and no tuning to the guest: where the guest is too fast the buffer comes to rest where `q·a = d`, so an
@@ -17,8 +17,9 @@
 //! pessimistic side of the model, for as long as the present regime may well last. It is what the forecast is for:
 //! without it the buffer would be used up at full speed, and be missing where even `min_cpu` is more than the disk takes.
 //!
-//! **Abort** when even the optimistic side overflows at `min_cpu`, sooner than the regime has lasted (so that it is more
-//! likely than not to last until then), for [`EVIDENCE_S`] on end.
+//! **Abort** when even the optimistic side overflows at `min_cpu`, in no more than a third of the time that the regime
+//! has lasted (so that it lasts until then with a probability of 3 in 4), for [`EVIDENCE_S`] on end; or when writers
+//! already get less than `min_cpu`, whatever the forecast says.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -34,25 +35,36 @@ pub const TICK_S: f64 = 0.05;
 
 /// Time in which the room left may be used up, in seconds.
 const GLIDE_S: f64 = 0.6;
-/// Share of the buffer up to which it is of use. Beyond it the engine captures page by page (`fault::Locality`),
-/// which takes more from the guest than a throttle would: the buffer counts as full.
-const USEFUL_RATIO: f64 = 0.9;
-/// Share of that which is not planned with.
-const MARGIN_RATIO: f64 = 0.04;
+/// Share of the buffer that is planned with. Beyond it the engine captures less for a fault (`fault::Locality`), which
+/// slows writers down: that part is kept for what could not be foreseen.
+const USEFUL_RATIO: f64 = 0.5;
+/// Share of the buffer from which on it is as good as full: the engine captures page by page.
+const FULL_RATIO: f64 = 0.9;
+/// Share of the buffer by which a buffer counts as full already: one that overflows is held just below that.
+const FULL_SLACK_RATIO: f64 = 0.02;
 /// A regime is taken to last for so many times its age, at least for [`REGIME_S_MIN`].
 const REGIME_AGES: f64 = 2.0;
 /// Least time that a regime is taken to last, in seconds.
 const REGIME_S_MIN: f64 = 1.0;
+/// A regime must have lasted so many times as long as it takes until the buffer is full: it then lasts until there with
+/// a probability of 3 in 4.
+const OVERFLOW_AGES: f64 = 3.0;
 /// How long the forecast must have said so before the snapshot is given up, in seconds.
 const EVIDENCE_S: f64 = 0.25;
-/// How long limits may be broken although all has been taken that may be, in seconds.
-const BROKEN_S: f64 = 1.0;
+/// How long fault stalls may be over the limit although the guest gets no more than it must, in seconds.
+const STALLED_S: f64 = 1.0;
+/// How long the guest may get less than it must, in seconds: more than one tick.
+const BROKEN_S: f64 = 0.04;
+/// Time constant of the share that the guest really keeps, in seconds.
+const KEPT_S: f64 = 0.6;
+/// Part of `min_cpu` below which that breaks the limit: it may be short for a moment.
+const KEPT_TOLERANCE_RATIO: f64 = 0.75;
 /// Share of `min_cpu` that is not worth giving up for: forecasts are not that exact.
-const TOLERANCE_RATIO: f64 = 0.88;
+const TOLERANCE_RATIO: f64 = 0.72;
 /// How fast CPU time is given back, as a share per second.
-const RELEASE_PER_S: f64 = 0.7;
+const RELEASE_PER_S: f64 = 0.4;
 /// Changes upwards by less than this share are not worth a write to the cgroup.
-const HYSTERESIS_RATIO: f64 = 0.02;
+const HYSTERESIS_RATIO: f64 = 0.03;
 /// How long the last command is held when there are no samples, in seconds.
 const HOLD_S: f64 = 1.0;
 /// Buffer in use from which on the disk has something to do, in bytes.
@@ -105,7 +117,9 @@ pub enum Because {
 pub enum AbortReason {
     /// The buffer will be full although the guest gets no more than it must.
     BufferOverflow,
-    /// Writes have been waiting too long although the guest gets no more than it must.
+    /// Writers get less than the least CPU share, because the buffer is full.
+    MinCpu,
+    /// Faults stall for longer than the limit although the guest gets no more than it must.
     StallLimit,
     /// The disk is too slow for the deadline.
     Deadline,
@@ -158,7 +172,10 @@ pub struct Controller {
     /// How long an abort has been called for, in seconds, by reason.
     overflow_s: f64,
     broken_s: f64,
+    stalled_s: f64,
     late_s: f64,
+    /// Share of their time that writers could really use, of late.
+    kept_ratio: f64,
     /// Upper bound on the CPU share that fault stalls have brought about.
     stall_ratio: f64,
     /// Counters of the virtual CPUs at the last good sample, and their smoothed rates.
@@ -189,7 +206,9 @@ impl Controller {
             blind_s: 0.0,
             overflow_s: 0.0,
             broken_s: 0.0,
+            stalled_s: 0.0,
             late_s: 0.0,
+            kept_ratio: 1.0,
             stall_ratio: 1.0,
             touched_bytes: vec![0; vcpus],
             rates: vec![0.0; vcpus],
@@ -275,14 +294,16 @@ impl Controller {
 
     fn decide(&mut self, seen: &Seen) {
         let now = &seen.now;
-        let is_full = now.buffer_used_bytes >= useful(now.buffer_limit_bytes);
+        let limit = number(now.buffer_limit_bytes);
+        let is_full = number(now.buffer_used_bytes) >= limit * (FULL_RATIO - FULL_SLACK_RATIO);
         self.model.observe(&Observation {
             elapsed_s: seen.elapsed_s,
             touched_bytes: seen.touched_bytes,
             drained_bytes: seen.drained_bytes,
             saved_bytes: number(now.saved_bytes),
             cpu_ratio: now.cpu_ratio.unwrap_or(self.command.cpu_ratio).min(1.0),
-            is_full,
+            is_held_up: now.cpu_ratio.is_none()
+                && number(now.buffer_used_bytes) >= limit * USEFUL_RATIO,
             disk_was_busy: now.buffer_used_bytes >= BUSY_BYTES,
         });
         if !self.model.is_fitted() {
@@ -290,7 +311,7 @@ impl Controller {
             return;
         }
         let from = position(now.total_bytes - now.saved_bytes, now.buffer_used_bytes);
-        let reachable = number(useful(self.size_buffer(now, from)));
+        let reachable = number(self.size_buffer(now, from));
         self.command.forecast =
             forecast(&self.model.expected(), from, 1.0, reachable, f64::INFINITY);
         self.command.forecast.confidence_ratio =
@@ -298,7 +319,7 @@ impl Controller {
         self.notice_stalls(now, seen.elapsed_s);
         let free = self.free_ratio(from, reachable, number(now.age_ns) / NS_PER_S);
         self.move_to(free, seen.elapsed_s);
-        self.consider_abort(seen, from, reachable, is_full);
+        self.consider_abort(seen, from, reachable * FULL_RATIO, is_full);
     }
 
     /// Chooses the bound of the buffer; returns what it could be made.
@@ -337,16 +358,14 @@ impl Controller {
         let reserve = at_least.peak_buffer_bytes - from.buffer_used_bytes;
         // The sample is of the past: meanwhile the guest went on with the share it has.
         let since = ((self.command.cpu_ratio * fit.touch_rate - fit.drain_rate) * age_s).max(0.0);
-        let room = limit * (1.0 - MARGIN_RATIO) - reserve - from.buffer_used_bytes - since;
+        let room = limit * USEFUL_RATIO - reserve - from.buffer_used_bytes - since;
         (fit.drain_rate + room / GLIDE_S) / fit.touch_rate
     }
 
     /// Fault stalls over the limit: less for the writers, until it helps.
     fn notice_stalls(&mut self, now: &Sample, elapsed_s: f64) {
-        let over = now.stall.is_some_and(|stall| {
-            number(stall.over_limit) > OVER_LIMIT_RATIO * number(stall.faults)
-        });
-        let change = if over { -STALL_CUT_PER_S * self.stall_ratio } else { RELEASE_PER_S };
+        let change =
+            if stalls_are_over(now) { -STALL_CUT_PER_S * self.stall_ratio } else { RELEASE_PER_S };
         self.stall_ratio =
             (self.stall_ratio + change * elapsed_s).clamp(self.policy.min_cpu_ratio, 1.0);
     }
@@ -355,11 +374,13 @@ impl Controller {
     fn move_to(&mut self, free: f64, elapsed_s: f64) {
         let before = self.command.cpu_ratio;
         let target = free.min(self.stall_ratio).clamp(self.policy.min_cpu_ratio, 1.0);
+        let is_trifle = target < 1.0 && target - before < HYSTERESIS_RATIO;
         let after = if target < before {
             target
+        } else if is_trifle {
+            before
         } else {
-            let up = target.min(before + RELEASE_PER_S * elapsed_s);
-            if up - before < HYSTERESIS_RATIO && up < 1.0 { before } else { up }
+            target.min(before + RELEASE_PER_S * elapsed_s)
         };
         self.command.cpu_ratio = after;
         self.command.because = if after >= 1.0 {
@@ -379,12 +400,13 @@ impl Controller {
         let least = self.policy.min_cpu_ratio;
         let best = forecast(&fit, from, least * TOLERANCE_RATIO, limit, f64::INFINITY);
         let at_least = self.command.cpu_ratio <= least + HYSTERESIS_RATIO;
+        // A full buffer that would drain is no overflow.
+        let grows = best.peak_buffer_bytes > from.buffer_used_bytes.max(limit);
+        let soon_s = self.model.regime_s() / OVERFLOW_AGES;
         let overflows =
-            at_least && best.full_after_s.is_some_and(|after_s| after_s <= self.model.regime_s());
-        // What is left of a guest that waits is what it touches, out of what it would.
-        let got = seen.touched_bytes / seen.elapsed_s / fit.touch_rate.max(1.0);
-        let is_crawling = is_full && got < least * TOLERANCE_RATIO;
-        let is_broken = at_least && (is_crawling || self.command.because == Because::Stalls);
+            at_least && grows && best.full_after_s.is_some_and(|after_s| after_s <= soon_s);
+        self.notice_kept(seen, is_full, fit.touch_rate);
+        let is_broken = self.kept_ratio < least * KEPT_TOLERANCE_RATIO;
         let is_late = self.policy.deadline_ns.is_some_and(|deadline_ns| {
             let gone_ns = now.taken_ns.saturating_sub(self.began_ns.unwrap_or(now.taken_ns));
             let left_s = (number(deadline_ns) - number(gone_ns)) / NS_PER_S;
@@ -394,13 +416,16 @@ impl Controller {
             |so_far: &mut f64, holds: bool| *so_far = if holds { *so_far + elapsed_s } else { 0.0 };
         add(&mut self.overflow_s, overflows);
         add(&mut self.broken_s, is_broken);
+        add(&mut self.stalled_s, at_least && stalls_are_over(now));
         add(&mut self.late_s, is_late);
         let (reason, evidence_s) = if self.late_s >= EVIDENCE_S {
             (AbortReason::Deadline, self.late_s)
         } else if self.overflow_s >= EVIDENCE_S {
             (AbortReason::BufferOverflow, self.overflow_s)
         } else if self.broken_s >= BROKEN_S {
-            (AbortReason::StallLimit, self.broken_s)
+            (AbortReason::MinCpu, self.broken_s)
+        } else if self.stalled_s >= STALLED_S {
+            (AbortReason::StallLimit, self.stalled_s)
         } else {
             return;
         };
@@ -410,6 +435,23 @@ impl Controller {
         }
         self.command.because = Because::Abort;
         self.command.abort = Some(self.abort(reason, best, &fit, evidence_s));
+    }
+
+    /// Follows what share of their time writers could really use.
+    fn notice_kept(&mut self, seen: &Seen, is_full: bool, touch_rate: f64) {
+        let kept = if let Some(measured) = seen.now.cpu_ratio {
+            measured
+        } else if !is_full {
+            self.command.cpu_ratio
+        } else if self.model.knows_touch_rate() {
+            // Of a guest that waits is left what it touches, out of what it would.
+            seen.touched_bytes / seen.elapsed_s / touch_rate.max(1.0)
+        } else {
+            // It filled the buffer before anybody could see at what rate.
+            0.0
+        };
+        let gain = seen.elapsed_s / (KEPT_S + seen.elapsed_s);
+        self.kept_ratio += gain * (kept.min(1.0) - self.kept_ratio);
     }
 
     fn abort(
@@ -431,9 +473,11 @@ impl Controller {
     }
 }
 
-/// What of a buffer is of use.
-const fn useful(limit_bytes: u64) -> u64 {
-    count(number(limit_bytes) * USEFUL_RATIO)
+/// Whether more than one in a hundred faults took longer than the limit.
+fn stalls_are_over(sample: &Sample) -> bool {
+    sample
+        .stall
+        .is_some_and(|stall| number(stall.over_limit) > OVER_LIMIT_RATIO * number(stall.faults))
 }
 
 #[cfg(test)]

@@ -22,12 +22,10 @@ const SWEEP: f64 = (32_u64 << 20) as f64;
 const SERVICE_S: f64 = 30e-6;
 /// Bytes captured for a fault that shows no locality while the buffer has room.
 const FAULT_BYTES_MAX: f64 = 65536.0;
-/// The same while less than a quarter is free.
-const FAULT_BYTES_NARROW: f64 = 16384.0;
 /// Length of the window in which the guest must get its least share, in seconds.
 const WINDOW_S: f64 = 1.0;
 /// What may be missing of it.
-const WINDOW_TOLERANCE: f64 = 0.9;
+const WINDOW_TOLERANCE: f64 = 0.75;
 
 /// Durations of stalls: four buckets for each power of two of microseconds.
 #[derive(Clone, Debug)]
@@ -148,7 +146,7 @@ pub struct Plant<'a> {
     pub drained: f64,
     /// Bytes that each virtual CPU touched first.
     pub vcpu_touched: Vec<f64>,
-    /// CPU time of the writers that was usable, weighted, in seconds.
+    /// CPU time that writers had, less what a full buffer cost them; weighted, in seconds.
     pub writers_work_s: f64,
     /// All stalls, and those over the limit.
     pub stalls: Stalls,
@@ -271,7 +269,7 @@ impl<'a> Plant<'a> {
     fn fault_bytes(&self, limit: f64) -> f64 {
         match (1.0 - self.used / limit) * 100.0 {
             25.0.. => FAULT_BYTES_MAX,
-            10.0..25.0 => FAULT_BYTES_NARROW,
+            10.0..25.0 => 16384.0,
             _ => 4096.0,
         }
     }
@@ -328,10 +326,10 @@ impl<'a> Plant<'a> {
         for (weight, share) in self.scenario.vcpus.iter().zip(&setting.shares) {
             self.work_s += share * STEP_S * if *weight > 0.0 { pace * done } else { 1.0 };
         }
-        self.writers_work_s += writers * done * STEP_S;
-        // What a nearly full buffer costs, as only the page is captured for a fault, counts as taken from the guest.
-        let narrowed = (pace / self.pace(wanted, FAULT_BYTES_NARROW)).min(1.0);
+        // What a fuller buffer costs, as less is captured for a fault, counts as taken from the guest.
+        let narrowed = pace / self.pace(wanted, FAULT_BYTES_MAX);
         self.lost_s += (1.0 - done * narrowed) * STEP_S;
+        self.writers_work_s += writers * done * narrowed * STEP_S;
         self.watch_limits(writers * done * narrowed);
     }
 

@@ -276,7 +276,7 @@ fn sampling(random: &mut Random, lasts_s: f64) -> Sampling {
     Sampling {
         lost: random.pick(&[0.0, 0.02, 0.1]),
         late: random.pick(&[0.0, 0.05]),
-        cpu_is_measured: random.chance(0.5),
+        cpu_is_measured: random.chance(0.8),
         blind_from_s,
         blind_until_s: blind_from_s + random.between(0.3, 2.0),
     }

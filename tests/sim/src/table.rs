@@ -21,6 +21,9 @@ pub struct Row {
     pub is_met: bool,
 }
 
+/// Runs shorter than this say nothing of reversals in a minute, in seconds.
+const RUN_S_MIN: f64 = 10.0;
+
 /// What a series of seeds came to.
 #[derive(Clone, Debug)]
 pub struct Table {
@@ -67,11 +70,13 @@ impl Table {
         add("  with auto-converge", text(&shares(&|case| &case.converge)), "", true);
         let lost = |of: &dyn Fn(&Judged) -> &Outcome| {
             let lost: Vec<f64> = kept.iter().map(|case| of(case).lost_ratio).collect();
-            format!("mean {:.2} %", mean(&lost) * 100.0)
+            mean(&lost)
         };
+        let (ours, waiting) = (lost(&|case| &case.controlled), lost(&|case| &case.waiting));
+        let text = |ratio: f64| format!("mean {:.2} %", ratio * 100.0);
         let what = "writers' time lost to a full buffer";
-        add(what, lost(&|case| &case.controlled), "", true);
-        add("  with plain waiting", lost(&|case| &case.waiting), "", true);
+        add(what, text(ours), "< 1/10 of waiting's", ours < waiting / 10.0);
+        add("  with plain waiting", text(waiting), "", true);
         let quiet: Vec<f64> = judged
             .iter()
             .filter(|case| case.best().is_some() && !case.needs_throttle())
@@ -109,7 +114,7 @@ impl Table {
         add("stall p99 above plain waiting's", worse.to_string(), "0", worse == 0);
         let mut reversals: Vec<f64> = judged
             .iter()
-            .filter(|case| case.controlled.copying_s > 2.0)
+            .filter(|case| case.controlled.copying_s > RUN_S_MIN)
             .map(|case| f64::from(case.controlled.reversals) * 60.0 / case.controlled.copying_s)
             .collect();
         reversals.sort_by(f64::total_cmp);

@@ -11,13 +11,28 @@ use livesnap_sim::series::judge_all;
 use livesnap_sim::table::Table;
 
 const FIRST: u64 = 1_000_000;
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 300;
+const CPU_LEFT: &str = "CPU left, share of the oracle's";
+const TIME_LOST: &str = "writers' time lost to a full buffer";
+
+/// Targets that are missed in some hundred scenarios.
+fn missed(variant: Variant) -> Vec<&'static str> {
+    let table = Table::of(&judge_all(FIRST, SEEDS, variant).unwrap());
+    eprintln!("{variant:?}, seeds from {FIRST}:\n{table}");
+    table.missed().iter().map(|row| row.what).collect()
+}
 
 #[test]
-fn without_a_forecast_targets_are_missed() {
-    let table = Table::of(&judge_all(FIRST, SEEDS, Variant::Blindfolded).unwrap());
-    let missed: Vec<_> = table.missed().iter().map(|row| row.what).collect();
-    assert!(missed.contains(&"missed aborts"), "{table}");
+fn the_controller_spares_the_guest_and_a_full_buffer() {
+    let missed = missed(Variant::Whole);
+    for what in [CPU_LEFT, TIME_LOST, "buffer overruns", "limits broken that could be kept"] {
+        assert!(!missed.contains(&what), "{missed:?}");
+    }
+}
+
+#[test]
+fn without_a_forecast_the_buffer_fills() {
+    assert!(missed(Variant::Blindfolded).contains(&TIME_LOST));
 }
 
 #[test]

@@ -101,7 +101,7 @@ fn a_guest_that_is_too_fast_comes_to_rest_at_the_pace_of_the_disk() {
     assert_eq!(command.abort, None);
     assert!((command.cpu_ratio - 2.0 / 3.0).abs() < 0.03, "{command:?}");
     let used = number(plant.sample.buffer_used_bytes) / number(plant.sample.buffer_limit_bytes);
-    assert!(used > 0.5 && used < 0.95, "{used} of the buffer is in use");
+    assert!(used > 0.3 && used < 0.6, "{used} of the buffer is in use");
 }
 
 #[test]
@@ -144,12 +144,12 @@ fn the_buffer_leaves_the_host_its_memory_and_shrinks_under_pressure() {
 }
 
 #[test]
-fn what_cannot_be_kept_is_given_up_long_before_the_buffer_is_full() {
-    let mut plant = Plant::new(policy(), 4e9, 400e6);
-    let abort = (0..60).find_map(|_| plant.tick().abort).unwrap();
+fn what_cannot_be_kept_is_given_up_before_the_buffer_is_full() {
+    let mut plant = Plant::new(policy(), 3e9, 400e6);
+    let abort = (0..100).find_map(|_| plant.tick().abort).unwrap();
     assert_eq!(abort.reason, AbortReason::BufferOverflow);
     assert!(abort.evidence_s >= EVIDENCE_S - 1e-6, "{abort:?}");
-    assert!(abort.touch_rate > 3e9 && abort.drain_rate < 0.5e9, "{abort:?}");
+    assert!(abort.touch_rate > 2.5e9 && abort.drain_rate < 0.5e9, "{abort:?}");
     assert!(plant.sample.buffer_used_bytes < GIB * 95 / 100, "{:?}", plant.sample);
 }
 
