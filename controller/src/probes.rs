@@ -117,11 +117,11 @@ impl SnapshotProbes {
             Self::Absent(error) => vec![("probes", error.to_string())],
             Self::Attached(attached) => {
                 let probes = &attached.probes;
-                let stalls = match attached.reading() {
+                let mut rows = match attached.reading() {
                     Ok(reading) => stalls_in_words(reading),
-                    Err(problem) => problem,
+                    Err(problem) => vec![("stalls", problem)],
                 };
-                let mut rows = vec![("stalls", stalls), ("probes", probes.tier().to_string())];
+                rows.push(("probes", probes.tier().to_string()));
                 let refused = probes.refusals().iter();
                 rows.extend(refused.map(|refusal| ("", format!("not {refusal}"))));
                 rows
@@ -157,10 +157,16 @@ fn stalls_json(reading: &Reading) -> Value {
             "tid": thread.tid,
             "period": thread.period,
             "mode": thread.mode,
-            "stalls": thread.histogram.summary(),
+            "kind": thread.kind,
+            "faults": thread.histogram.summary(),
         })
     });
+    let served = reading.stalls.served();
     json!({
+        "served_by_kernel": reading
+            .stalls
+            .kinds_are_known
+            .then(|| json!({"count": served.count, "sum_ns": served.sum_ns})),
         "copy": reading.stalls.after().summary(),
         "arming": reading.stalls.before().summary(),
         "threads": threads.collect::<Vec<_>>(),
@@ -168,7 +174,7 @@ fn stalls_json(reading: &Reading) -> Value {
     })
 }
 
-fn stalls_in_words(reading: &Reading) -> String {
+fn stalls_in_words(reading: &Reading) -> Vec<(&'static str, String)> {
     let copy = reading.stalls.after().summary();
     let arming = reading.stalls.before().summary();
     let mut text = format!(
@@ -185,5 +191,46 @@ fn stalls_in_words(reading: &Reading) -> String {
         // Writing to a string does not fail.
         let _ = write!(text, "; {lost} more could not be counted");
     }
-    text
+    let served = reading.stalls.served();
+    let mut rows = vec![("stalls", text)];
+    if !reading.stalls.kinds_are_known {
+        let text = "write faults that the kernel served by itself are among them: without its type information they \
+                    cannot be told apart";
+        rows.push(("", text.into()));
+    } else if served.count > 0 {
+        let text = format!(
+            "and {} write faults that the kernel served by itself, together {}",
+            served.count,
+            nanos(served.sum_ns)
+        );
+        rows.push(("", text));
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use livesnap_ebpf::Stalls;
+
+    use super::*;
+
+    fn told(kinds_are_known: bool) -> (Value, Vec<(&'static str, String)>) {
+        let stalls = Stalls { kinds_are_known, ..Stalls::default() };
+        let reading = Reading { stalls };
+        (stalls_json(&reading), stalls_in_words(&reading))
+    }
+
+    #[test]
+    fn it_says_when_kinds_of_faults_cannot_be_told_apart() {
+        let (value, rows) = told(false);
+        assert!(value["served_by_kernel"].is_null(), "{value}");
+        assert!(rows[1].1.contains("cannot be told apart"), "{rows:?}");
+    }
+
+    #[test]
+    fn of_faults_that_did_not_happen_nothing_is_said() {
+        let (value, rows) = told(true);
+        assert_eq!(value["served_by_kernel"]["count"], 0, "{value}");
+        assert_eq!(rows.len(), 1, "{rows:?}");
+    }
 }

@@ -48,5 +48,5 @@ pub use device::{DeviceError, Disk};
 pub use probes::Controls;
 pub use probes::{Options, ProbeError, Probes};
 pub use ranges::Range;
-pub use reading::{Histogram, Lost, Mode, Period, Reading, Stalls, Summary, ThreadStalls};
+pub use reading::{Histogram, Kind, Lost, Mode, Period, Reading, Stalls, Summary, ThreadStalls};
 pub use tier::{Cause, Refusal, Tier};

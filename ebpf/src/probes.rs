@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
-use aya::Ebpf;
 use aya::maps::{Array, HashMap, MapError, PerCpuArray};
 use livesnap_ebpf_common::{HistogramWords, PERIOD_AFTER};
 
 use crate::ranges::{self, Range};
 use crate::reading::{Lost, Reading, Stalls, ThreadStalls};
-use crate::tier::{Refusal, Request, Tier};
+use crate::tier::{Attached, Refusal, Request, Tier};
 
 /// What the caller may choose.
 #[derive(Clone, Debug, Default)]
@@ -42,7 +41,7 @@ impl Options {
 
 /// Probes of one process; dropping them detaches them.
 pub struct Probes {
-    object: Ebpf,
+    attached: Attached,
     tier: Tier,
     refusals: Vec<Refusal>,
 }
@@ -89,7 +88,7 @@ impl Probes {
             Tier::ALL.into_iter().filter(|tier| options.tier.is_none_or(|only| only == *tier))
         {
             match tier.attach(&request) {
-                Ok(object) => return Ok(Self { object, tier, refusals }),
+                Ok(attached) => return Ok(Self { attached, tier, refusals }),
                 Err(cause) => {
                     tracing::debug!(%tier, error = ?cause, "a tier is refused");
                     refusals.push(Refusal { tier, cause });
@@ -117,7 +116,7 @@ impl Probes {
     /// [`ProbeError::Map`].
     pub fn mark(&mut self) -> Result<(), ProbeError> {
         const NAME: &str = "PERIOD";
-        let map = self.object.map_mut(NAME).ok_or_else(|| missing(NAME))?;
+        let map = self.attached.object.map_mut(NAME).ok_or_else(|| missing(NAME))?;
         let mut period = Array::<_, u32>::try_from(map).map_err(unusable(NAME))?;
         period.set(0, PERIOD_AFTER, 0).map_err(unusable(NAME))
     }
@@ -127,24 +126,26 @@ impl Probes {
     /// # Errors
     /// [`ProbeError::Map`].
     pub fn read(&self) -> Result<Reading, ProbeError> {
-        Ok(Reading { stalls: Stalls { threads: self.threads()?, lost: self.lost()? } })
+        let kinds_are_known = self.attached.kinds_are_known;
+        let (threads, lost) = (self.threads()?, self.lost()?);
+        Ok(Reading { stalls: Stalls { threads, kinds_are_known, lost } })
     }
 
     fn threads(&self) -> Result<Vec<ThreadStalls>, ProbeError> {
         const NAME: &str = "HISTOGRAMS";
-        let map = self.object.map(NAME).ok_or_else(|| missing(NAME))?;
+        let map = self.attached.object.map(NAME).ok_or_else(|| missing(NAME))?;
         let map = HashMap::<_, [u32; 2], HistogramWords>::try_from(map).map_err(unusable(NAME))?;
         let entries = map.iter().map(|entry| entry.map_err(unusable(NAME)));
         let mut threads = entries
             .map(|entry| entry.map(|(key, value)| ThreadStalls::from_words(key, value)))
             .collect::<Result<Vec<_>, _>>()?;
-        threads.sort_by_key(|thread| (thread.tid, thread.period, thread.mode));
+        threads.sort_by_key(|thread| (thread.tid, thread.period, thread.mode, thread.kind));
         Ok(threads)
     }
 
     fn lost(&self) -> Result<Lost, ProbeError> {
         const NAME: &str = "COUNTERS";
-        let map = self.object.map(NAME).ok_or_else(|| missing(NAME))?;
+        let map = self.attached.object.map(NAME).ok_or_else(|| missing(NAME))?;
         let map = PerCpuArray::<_, u64>::try_from(map).map_err(unusable(NAME))?;
         Lost::from_counters(|counter| {
             let values = map.get(&counter, 0).map_err(unusable(NAME))?;

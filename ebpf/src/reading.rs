@@ -1,7 +1,8 @@
 //! What the programs have counted, as plain structures.
 
 use livesnap_ebpf_common::{
-    BUCKETS, HistogramWords, MODE_KERNEL, PERIOD_AFTER, bucket_bounds_ns, counter,
+    BUCKETS, HistogramWords, KIND_SERVED, MODE_KERNEL, PERIOD_AFTER, bucket_bounds_ns, class_parts,
+    counter,
 };
 use serde::Serialize;
 
@@ -15,13 +16,15 @@ pub struct Reading {
 /// Stalls by thread, and what the figures leave out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Stalls {
-    /// In ascending order of thread, period and mode.
+    /// In ascending order of thread, period, mode and kind.
     pub threads: Vec<ThreadStalls>,
+    /// Whether [`Kind`] is known. If not, faults that the kernel served by itself are among those that waited.
+    pub kinds_are_known: bool,
     /// What could not be counted.
     pub lost: Lost,
 }
 
-/// The stalls of one thread in one period and mode.
+/// The faults of one thread in one period and mode, of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ThreadStalls {
     /// The thread's id.
@@ -30,6 +33,8 @@ pub struct ThreadStalls {
     pub period: Period,
     /// Where the thread was.
     pub mode: Mode,
+    /// Whether it had to wait.
+    pub kind: Kind,
     /// How long they took.
     pub histogram: Histogram,
 }
@@ -52,6 +57,16 @@ pub enum Mode {
     User,
     /// In the kernel, such as in a system call that writes to guest memory.
     Kernel,
+}
+
+/// What a fault was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// The thread waited until it was let go on: a stall.
+    Waited,
+    /// The kernel served it by itself, and the thread kept its CPU.
+    Served,
 }
 
 /// Events that are not in the histograms.
@@ -175,29 +190,35 @@ impl Histogram {
 }
 
 impl Stalls {
-    /// All threads together, since the probes were attached.
+    /// What all threads waited, since the probes were attached.
     #[must_use]
     pub fn total(&self) -> Histogram {
-        self.sum(|_| true)
+        self.sum(|faults| faults.kind == Kind::Waited)
     }
 
-    /// All threads together, before the mark.
+    /// What all threads waited, until the mark.
     #[must_use]
     pub fn before(&self) -> Histogram {
-        self.sum(|stalls| stalls.period == Period::Before)
+        self.sum(|faults| faults.kind == Kind::Waited && faults.period == Period::Before)
     }
 
-    /// All threads together, since the mark.
+    /// What all threads waited, since the mark.
     #[must_use]
     pub fn after(&self) -> Histogram {
-        self.sum(|stalls| stalls.period == Period::After)
+        self.sum(|faults| faults.kind == Kind::Waited && faults.period == Period::After)
+    }
+
+    /// What the kernel served by itself, in all threads, since the probes were attached.
+    #[must_use]
+    pub fn served(&self) -> Histogram {
+        self.sum(|faults| faults.kind == Kind::Served)
     }
 
     /// Those that are `wanted`, together.
     pub fn sum(&self, wanted: impl Fn(&ThreadStalls) -> bool) -> Histogram {
         let mut sum = Histogram::default();
-        for stalls in self.threads.iter().filter(|stalls| wanted(stalls)) {
-            sum.add(&stalls.histogram);
+        for faults in self.threads.iter().filter(|faults| wanted(faults)) {
+            sum.add(&faults.histogram);
         }
         sum
     }
@@ -206,10 +227,12 @@ impl Stalls {
 impl ThreadStalls {
     /// From a key and a value of the map.
     pub(crate) fn from_words([tid, class]: [u32; 2], histogram: HistogramWords) -> Self {
+        let (period, mode, kind) = class_parts(class);
         Self {
             tid,
-            period: if class >> 1 == PERIOD_AFTER { Period::After } else { Period::Before },
-            mode: if class & 1 == MODE_KERNEL { Mode::Kernel } else { Mode::User },
+            period: if period == PERIOD_AFTER { Period::After } else { Period::Before },
+            mode: if mode == MODE_KERNEL { Mode::Kernel } else { Mode::User },
+            kind: if kind == KIND_SERVED { Kind::Served } else { Kind::Waited },
             histogram: Histogram::from_words(histogram),
         }
     }
@@ -229,7 +252,9 @@ impl Lost {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use livesnap_ebpf_common::{HISTOGRAM_WORDS, MODE_USER, PERIOD_BEFORE, bucket_of, class_of};
+    use livesnap_ebpf_common::{
+        HISTOGRAM_WORDS, KIND_WAITED, MODE_USER, PERIOD_BEFORE, bucket_of, class_of,
+    };
 
     fn of(durations: impl IntoIterator<Item = u64>) -> HistogramWords {
         let mut words = [0; HISTOGRAM_WORDS];
@@ -262,21 +287,23 @@ mod tests {
     }
 
     #[test]
-    fn threads_are_summed_by_period() {
-        let thread = |tid, period, mode, ns| {
-            ThreadStalls::from_words([tid, class_of(period, mode)], of([ns]))
+    fn threads_are_summed_by_period_and_kind() {
+        let thread = |tid, period, mode, kind, ns| {
+            ThreadStalls::from_words([tid, class_of(period, mode, kind)], of([ns]))
         };
         let stalls = Stalls {
             threads: vec![
-                thread(1, PERIOD_BEFORE, MODE_USER, 10),
-                thread(1, PERIOD_AFTER, MODE_USER, 100),
-                thread(2, PERIOD_AFTER, MODE_KERNEL, 1000),
+                thread(1, PERIOD_BEFORE, MODE_USER, KIND_WAITED, 10),
+                thread(1, PERIOD_AFTER, MODE_USER, KIND_WAITED, 100),
+                thread(1, PERIOD_AFTER, MODE_USER, KIND_SERVED, 1),
+                thread(2, PERIOD_AFTER, MODE_KERNEL, KIND_WAITED, 1000),
             ],
+            kinds_are_known: true,
             lost: Lost::default(),
         };
         assert_eq!((stalls.before().sum_ns, stalls.before().count), (10, 1));
         assert_eq!((stalls.after().sum_ns, stalls.after().max_ns), (1100, 1000));
-        assert_eq!(stalls.total().count, 3);
+        assert_eq!((stalls.total().count, stalls.served().sum_ns), (3, 1));
         assert_eq!(stalls.sum(|stalls| stalls.mode == Mode::Kernel).count, 1);
     }
 }

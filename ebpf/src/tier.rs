@@ -63,7 +63,7 @@ impl Tier {
     }
 
     /// Loads and attaches.
-    pub(crate) fn attach(self, request: &Request<'_>) -> Result<Ebpf, Cause> {
+    pub(crate) fn attach(self, request: &Request<'_>) -> Result<Attached, Cause> {
         match self {
             Self::Fentry => fentry(request),
             Self::TpBtf => tp_btf(request),
@@ -195,11 +195,21 @@ pub struct Request<'a> {
     pub has_ends: bool,
 }
 
-/// Offsets in the kernel's `struct vm_fault`, in bytes.
+/// Programs that run as long as this is kept.
+pub struct Attached {
+    /// The programs and their maps.
+    pub object: Ebpf,
+    /// Whether waits are told apart from faults that the kernel serves by itself.
+    pub kinds_are_known: bool,
+}
+
+/// Where members of the kernel's structures lie, in bytes; 0 for those that the programs do without.
 #[derive(Default)]
-struct VmFault {
-    address: u32,
-    flags: u32,
+struct Offsets {
+    vm_fault_address: u32,
+    vm_fault_flags: u32,
+    /// `task_struct::nvcsw`, with `nivcsw` behind it.
+    task_switches: u32,
 }
 
 /// The kernel's type information, for us and for aya.
@@ -209,16 +219,30 @@ struct KernelTypes {
 }
 
 impl KernelTypes {
-    fn vm_fault(&self) -> Result<VmFault, Cause> {
+    /// What is needed where a wait is seen as such.
+    fn of_waits(&self) -> Result<Offsets, Cause> {
         let types = Types::parse(&self.bytes);
         let offset = |member, field| {
             let found = types.as_ref().and_then(|types| types.offset_of("vm_fault", member));
             found.ok_or(Cause::NoField { field })
         };
-        Ok(VmFault {
-            address: offset("address", "vm_fault.address")?,
-            flags: offset("flags", "vm_fault.flags")?,
+        Ok(Offsets {
+            vm_fault_address: offset("address", "vm_fault.address")?,
+            vm_fault_flags: offset("flags", "vm_fault.flags")?,
+            task_switches: 0,
         })
+    }
+
+    /// What is needed to tell waits among all faults. A kernel without it is not refused for that.
+    fn of_faults(&self) -> Offsets {
+        let types = Types::parse(&self.bytes);
+        let offset = |member| types.as_ref()?.offset_of("task_struct", member);
+        let counts = offset("nvcsw").zip(offset("nivcsw"));
+        let task_switches = match counts {
+            Some((voluntary, involuntary)) if voluntary + 8 == involuntary => voluntary,
+            _ => 0,
+        };
+        Offsets { task_switches, ..Offsets::default() }
     }
 }
 
@@ -239,7 +263,7 @@ impl Request<'_> {
     }
 
     /// An object with its maps, its programs not loaded yet.
-    fn object(&self, bytes: &[u8], offsets: &VmFault) -> Result<Ebpf, Cause> {
+    fn object(&self, bytes: &[u8], offsets: &Offsets) -> Result<Ebpf, Cause> {
         if bytes.is_empty() {
             return Err(Cause::NotBuilt);
         }
@@ -250,18 +274,19 @@ impl Request<'_> {
             .allow_unsupported_maps()
             .override_global("TGID", &self.tgid, true)
             .override_global("RANGES", &self.ranges, true)
-            .override_global("VM_FAULT_ADDRESS", &offsets.address, false)
-            .override_global("VM_FAULT_FLAGS", &offsets.flags, false)
+            .override_global("VM_FAULT_ADDRESS", &offsets.vm_fault_address, false)
+            .override_global("VM_FAULT_FLAGS", &offsets.vm_fault_flags, false)
+            .override_global("TASK_SWITCHES", &offsets.task_switches, true)
             .load(bytes)
             .map_err(|source| Cause::Load { source: Box::new(source) })
     }
 }
 
-fn fentry(request: &Request<'_>) -> Result<Ebpf, Cause> {
+fn fentry(request: &Request<'_>) -> Result<Attached, Cause> {
     const ENTRY: &str = "fentry_handle_userfault";
     const EXIT: &str = "fexit_handle_userfault";
     let types = request.kernel_types()?;
-    let mut object = request.object(objects::STALL, &types.vm_fault()?)?;
+    let mut object = request.object(objects::STALL, &types.of_waits()?)?;
     // The ends first: a start that no end can follow would stay.
     if request.has_ends {
         let exit: &mut FExit = program(&mut object, EXIT)?;
@@ -271,12 +296,13 @@ fn fentry(request: &Request<'_>) -> Result<Ebpf, Cause> {
     let entry: &mut FEntry = program(&mut object, ENTRY)?;
     entry.load(HANDLE_USERFAULT, &types.btf).map_err(refused_load(ENTRY))?;
     entry.attach().map_err(refused_attach(ENTRY))?;
-    Ok(object)
+    Ok(Attached { object, kinds_are_known: true })
 }
 
-fn tp_btf(request: &Request<'_>) -> Result<Ebpf, Cause> {
+fn tp_btf(request: &Request<'_>) -> Result<Attached, Cause> {
     let types = request.kernel_types()?;
-    let mut object = request.object(objects::STALL_TP_BTF, &VmFault::default())?;
+    let offsets = types.of_faults();
+    let mut object = request.object(objects::STALL_TP_BTF, &offsets)?;
     if request.has_ends {
         attach_page_fault_ends(&mut object)?;
     }
@@ -285,23 +311,24 @@ fn tp_btf(request: &Request<'_>) -> Result<Ebpf, Cause> {
         program.load(name, &types.btf).map_err(refused_load(name))?;
         program.attach().map_err(refused_attach(name))?;
     }
-    Ok(object)
+    Ok(Attached { object, kinds_are_known: offsets.task_switches != 0 })
 }
 
-fn kprobe(request: &Request<'_>) -> Result<Ebpf, Cause> {
+fn kprobe(request: &Request<'_>) -> Result<Attached, Cause> {
     let types = request.kernel_types()?;
-    let mut object = request.object(objects::STALL, &types.vm_fault()?)?;
+    let mut object = request.object(objects::STALL, &types.of_waits()?)?;
     let exit = request.has_ends.then_some("kretprobe_handle_userfault");
     for name in exit.into_iter().chain(["kprobe_handle_userfault"]) {
         let program: &mut KProbe = program(&mut object, name)?;
         program.load().map_err(refused_load(name))?;
         program.attach(HANDLE_USERFAULT, 0).map_err(refused_attach(name))?;
     }
-    Ok(object)
+    Ok(Attached { object, kinds_are_known: true })
 }
 
-fn raw_tp(request: &Request<'_>) -> Result<Ebpf, Cause> {
-    let mut object = request.object(objects::STALL, &VmFault::default())?;
+fn raw_tp(request: &Request<'_>) -> Result<Attached, Cause> {
+    let offsets = request.kernel_types().map(|types| types.of_faults()).unwrap_or_default();
+    let mut object = request.object(objects::STALL, &offsets)?;
     if request.has_ends {
         attach_page_fault_ends(&mut object)?;
     }
@@ -312,11 +339,12 @@ fn raw_tp(request: &Request<'_>) -> Result<Ebpf, Cause> {
         program.load().map_err(refused_load(name))?;
         program.attach(event).map_err(refused_attach(name))?;
     }
-    Ok(object)
+    Ok(Attached { object, kinds_are_known: offsets.task_switches != 0 })
 }
 
-fn tracepoint(request: &Request<'_>) -> Result<Ebpf, Cause> {
-    let mut object = request.object(objects::STALL, &VmFault::default())?;
+fn tracepoint(request: &Request<'_>) -> Result<Attached, Cause> {
+    let offsets = request.kernel_types().map(|types| types.of_faults()).unwrap_or_default();
+    let mut object = request.object(objects::STALL, &offsets)?;
     if request.has_ends {
         attach_page_fault_ends(&mut object)?;
     }
@@ -327,7 +355,7 @@ fn tracepoint(request: &Request<'_>) -> Result<Ebpf, Cause> {
         program.load().map_err(refused_load(name))?;
         program.attach("exceptions", event).map_err(refused_attach(name))?;
     }
-    Ok(object)
+    Ok(Attached { object, kinds_are_known: offsets.task_switches != 0 })
 }
 
 /// Has `page_fault_end` run whenever a page fault is done. The kernel counts one that had to wait as major, since it

@@ -63,7 +63,10 @@ fn measure(options: &Options, count: usize, writer: usize, handler: usize) -> Re
         if seen.count != own.sorted_ns.len() as u64 {
             return Err(format!("{} of {} faults were counted", seen.count, own.sorted_ns.len()));
         }
-        assert_eq!(stalls.total().count, seen.count, "nobody else had any");
+        assert_eq!(stalls.sum(|_| true).count, seen.count, "nobody else had any");
+        // Where the handler is on another CPU, it is the quicker one if the host takes the thread's CPU away.
+        let quick = stalls.served().count;
+        assert!(quick <= seen.count / 1000, "{quick} faults did not wait");
         assert_eq!((stalls.lost.map_full, stalls.lost.start_without_end), (0, 0));
         eprint!("{}: ", probes.tier());
         outcome = compare(&seen, &own);

@@ -12,7 +12,7 @@ pub mod disk;
 /// Address ranges that the programs look at; see [`Range`].
 pub const RANGES_MAX: usize = 16;
 
-/// Histograms that are kept: one for each thread, [`Period`] and [`Mode`] that had a fault.
+/// Histograms that are kept: one for each thread, [`Period`], [`Mode`] and [`Kind`] that had a fault.
 pub const HISTOGRAMS_MAX: usize = 2048;
 
 /// Threads that can be inside a fault at one time, where a map of ours must remember them.
@@ -101,7 +101,7 @@ impl Histogram {
 pub struct HistogramKey {
     /// The thread.
     pub tid: u32,
-    /// [`Period`] and [`Mode`]: see [`class_of`].
+    /// [`Period`], [`Mode`] and [`Kind`]: see [`class_of`].
     pub class: u32,
 }
 
@@ -119,11 +119,24 @@ pub const MODE_USER: Mode = 0;
 /// In a system call, or in another service of the kernel.
 pub const MODE_KERNEL: Mode = 1;
 
-/// Period and mode in one number.
+/// What a fault was.
+pub type Kind = u32;
+/// The thread waited until somebody let it go on: a stall.
+pub const KIND_WAITED: Kind = 0;
+/// The kernel served it by itself, without the thread leaving its CPU.
+pub const KIND_SERVED: Kind = 1;
+
+/// Period, mode and kind in one number.
 #[inline(always)]
 #[must_use]
-pub const fn class_of(period: Period, mode: Mode) -> u32 {
-    (period << 1) | mode
+pub const fn class_of(period: Period, mode: Mode, kind: Kind) -> u32 {
+    (kind << 2) | (period << 1) | mode
+}
+
+/// What [`class_of`] was made of.
+#[must_use]
+pub const fn class_parts(class: u32) -> (Period, Mode, Kind) {
+    (class >> 1 & 1, class & 1, class >> 2)
 }
 
 /// A fault that has begun: the value of the map `STARTS`.
@@ -136,6 +149,8 @@ pub struct Start {
     pub address: u64,
     /// [`Period`] and [`Mode`] at the start.
     pub class: u64,
+    /// How often the thread had left its CPU until then.
+    pub switches: u64,
 }
 
 /// What did not go by the book, each an index of the map `COUNTERS`, which counts for each CPU.
@@ -153,7 +168,7 @@ pub mod counter {
 // No padding: every byte of a map is a byte of a field.
 const _: () = assert!(size_of::<Histogram>() == 8 * HISTOGRAM_WORDS);
 const _: () = assert!(size_of::<HistogramKey>() == 8);
-const _: () = assert!(size_of::<Start>() == 24);
+const _: () = assert!(size_of::<Start>() == 32);
 // The kernel allows values of 32 KiB in preallocated maps for each CPU.
 const _: () = assert!(size_of::<Histogram>() < 32 << 10);
 
@@ -182,6 +197,18 @@ mod tests {
             next = high.wrapping_add(1);
         }
         assert_eq!(next, 0, "the last one reaches to the end");
+    }
+
+    #[test]
+    fn classes_are_made_of_their_parts() {
+        for period in [PERIOD_BEFORE, PERIOD_AFTER] {
+            for mode in [MODE_USER, MODE_KERNEL] {
+                for kind in [KIND_WAITED, KIND_SERVED] {
+                    let class = class_of(period, mode, kind);
+                    assert_eq!(class_parts(class), (period, mode, kind), "{class}");
+                }
+            }
+        }
     }
 
     #[test]

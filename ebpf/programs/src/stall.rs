@@ -1,15 +1,21 @@
 //! How long write-protect faults keep threads: which faults count, and where durations are counted.
 //!
+//! An exception does not tell whether the thread will wait. It has waited if it has left its CPU until the end.
+//!
 //! A thread is in one fault at a time. Start and end run on that thread, so its start and its histograms have
 //! one writer and need no atomics.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_perf_event_data;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
-use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel,
+    generated::bpf_ktime_get_ns,
+};
 use aya_ebpf::programs::PerfEventContext;
 use livesnap_ebpf_common::{
-    HISTOGRAMS_MAX, Histogram, HistogramKey, Mode, RANGES_MAX, STARTS_MAX, Start, class_of, counter,
+    HISTOGRAMS_MAX, Histogram, HistogramKey, KIND_SERVED, KIND_WAITED, Kind, Mode, RANGES_MAX, STARTS_MAX,
+    Start, class_of, counter,
 };
 
 /// Bits of the error code of an x86 page fault: the page is present, and was written to.
@@ -21,6 +27,10 @@ static TGID: u32 = 0;
 /// Pairs of first address and address behind the last; set by the loader. Unused ones are empty.
 #[unsafe(no_mangle)]
 static RANGES: [u64; 2 * RANGES_MAX] = [0; 2 * RANGES_MAX];
+/// Where the kernel's `struct task_struct` counts how often the thread left its CPU, of its own accord and otherwise:
+/// `nvcsw`, which `nivcsw` follows. Set by the loader; 0: it does not know, or whatever is seen has waited.
+#[unsafe(no_mangle)]
+static TASK_SWITCHES: u32 = 0;
 
 /// The maps that every object has. Each object declares its own, so that none holds what it does not use.
 pub struct Maps {
@@ -84,7 +94,7 @@ impl Starts for StartsByThread {
         if let Some(start) = self.of_thread(tid) {
             return Some(start);
         }
-        self.insert(tid, Start { at_ns: 0, address: 0, class: 0 }, 0).ok()?;
+        self.insert(tid, Start { at_ns: 0, address: 0, class: 0, switches: 0 }, 0).ok()?;
         self.of_thread(tid)
     }
 }
@@ -131,6 +141,33 @@ pub fn thread_of_interest() -> Option<u32> {
     ((ids >> 32) as u32 == tgid).then_some(ids as u32)
 }
 
+/// How often the running thread has left its CPU. Both counts, because on a preemptible kernel the handler that it
+/// wakes may take its CPU before it goes to sleep of its own accord. Always 0 if the loader does not know.
+#[inline(always)]
+fn switches() -> u64 {
+    // SAFETY: a static of ours; volatile because the loader sets it in the object, unseen by the compiler.
+    let offset = unsafe { core::ptr::read_volatile(&raw const TASK_SWITCHES) };
+    if offset == 0 {
+        return 0;
+    }
+    // SAFETY: a helper without preconditions.
+    let task = unsafe { bpf_get_current_task() };
+    let counts = (task + u64::from(offset)) as *const [u64; 2];
+    // SAFETY: the helper checks the address that it reads from.
+    match unsafe { bpf_probe_read_kernel(counts) } {
+        Ok([voluntary, involuntary]) => voluntary.wrapping_add(involuntary),
+        Err(_) => 0,
+    }
+}
+
+/// What the fault is that began when the thread had left its CPU `before` times.
+#[inline(always)]
+fn kind_since(before: u64) -> Kind {
+    // SAFETY: as above.
+    let is_known = unsafe { core::ptr::read_volatile(&raw const TASK_SWITCHES) } != 0;
+    if is_known && switches() == before { KIND_SERVED } else { KIND_WAITED }
+}
+
 /// Whether an address lies in the ranges.
 #[inline(always)]
 pub fn is_in_ranges(address: u64) -> bool {
@@ -156,7 +193,8 @@ impl Maps {
         }
         let period = self.period.get(0).copied().unwrap_or_default();
         start.address = address;
-        start.class = class_of(period, mode) as u64;
+        start.class = class_of(period, mode, KIND_WAITED).into();
+        start.switches = switches();
         // SAFETY: a helper without preconditions.
         start.at_ns = unsafe { bpf_ktime_get_ns() };
     }
@@ -167,7 +205,9 @@ impl Maps {
         // SAFETY: a helper without preconditions.
         let ns = unsafe { bpf_ktime_get_ns() } - start.at_ns;
         start.at_ns = 0;
-        let key = HistogramKey { tid, class: start.class as u32 };
+        // The kinds differ in a bit that those who waited lack.
+        let class = start.class as u32 | class_of(0, 0, kind_since(start.switches));
+        let key = HistogramKey { tid, class };
         let Some(histogram) = self.histogram(&key) else {
             self.count(counter::MAP_FULL);
             return;

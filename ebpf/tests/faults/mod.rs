@@ -11,7 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
-const PAGE_BYTES: usize = 4096;
+/// Size of a page.
+pub const PAGE_BYTES: usize = 4096;
 const PAGES: usize = 1024;
 /// Longest time between two faults.
 const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
@@ -119,7 +120,7 @@ impl Memory {
 }
 
 /// Lets `count` faults through, on one CPU.
-fn serve(uffd: &Uffd, count: usize, cpu: usize) {
+pub fn serve(uffd: &Uffd, count: usize, cpu: usize) {
     pin(cpu);
     let mut buffer = EventBuffer::new(16);
     let mut served = 0;
@@ -137,7 +138,7 @@ fn serve(uffd: &Uffd, count: usize, cpu: usize) {
 }
 
 /// Keeps this thread on one CPU.
-fn pin(cpu: usize) {
+pub fn pin(cpu: usize) {
     let mut set = CpuSet::new();
     set.set(cpu);
     sched_setaffinity(None, &set).unwrap();
