@@ -124,6 +124,9 @@ pub fn summary(report: &Report, more: &[(&'static str, String)]) -> String {
             nanos(service.max_ns)
         ),
     );
+    if !report.first_touches.is_empty() {
+        row("first touch", first_touches(report));
+    }
     row(
         "buffer",
         format!(
@@ -138,6 +141,26 @@ pub fn summary(report: &Report, more: &[(&'static str, String)]) -> String {
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// Threads that are named; the others are told of together.
+const THREADS_NAMED: usize = 4;
+
+/// Whose first writes were saved, and how fast they came while RAM was being copied.
+fn first_touches(report: &Report) -> String {
+    let mut touches = report.first_touches.clone();
+    touches.sort_by_key(|touch| std::cmp::Reverse(touch.bytes));
+    let rate = |bytes| rate(bytes, Duration::from_nanos(report.copying_ns));
+    let (named, others) = touches.split_at(touches.len().min(THREADS_NAMED));
+    let mut parts: Vec<_> = named
+        .iter()
+        .map(|touch| format!("{} by thread {}", rate(touch.bytes), touch.thread))
+        .collect();
+    if !others.is_empty() {
+        let bytes = others.iter().map(|touch| touch.bytes).sum();
+        parts.push(format!("{} by {} others", rate(bytes), others.len()));
+    }
+    parts.join(", ")
 }
 
 /// A duration in the unit that suits it.

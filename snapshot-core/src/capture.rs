@@ -22,6 +22,7 @@ use crate::address::{HostVirtAddr, PAGE_BYTES, PageRun, as_index};
 use crate::arm::Marks;
 use crate::buffer::{Buffer, EXTENT_BYTES, Extent, Purpose};
 use crate::chunk::{CHUNK_PAGES_MAX, ChunkMap};
+use crate::first_touch::FirstTouches;
 use crate::histogram::Histogram;
 use crate::pagemap::{Entries, Pagemap};
 use crate::protection::{DataCursor, ProtectedRam, Region};
@@ -164,6 +165,8 @@ pub struct Counters {
     pub written_bytes: AtomicU64,
     /// Faults that had to wait for room in the buffer.
     pub buffer_waits: AtomicU64,
+    /// Who they are of.
+    pub first_touches: FirstTouches,
     /// From reading a fault's notice to the write going through.
     pub service: Histogram,
 }
@@ -279,6 +282,7 @@ impl Engine {
             buffer_limit_bytes: self.buffer.limit_bytes(),
             buffer_waits: load(&counters.buffer_waits),
             faults: load(&counters.faults),
+            first_touches: counters.first_touches.get(),
             service: counters.service.summary(),
             ..Progress::default()
         }
@@ -381,7 +385,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Saves what is still unclaimed of `run`, which lies in `region` and is no longer than the room made;
-    /// makes it writable through `unprotect`, which is called once for each run won.
+    /// makes it writable through `unprotect`, which is called once for each run won. Returns how many pages it was.
     ///
     /// # Errors
     /// Those of the copy and the check. The pages are then claimed for good: the session has to end.
@@ -390,8 +394,9 @@ impl<'a> Worker<'a> {
         region: &Region,
         run: PageRun,
         mut unprotect: impl FnMut(PageRun) -> Result<(), CaptureError>,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<u64, CaptureError> {
         let claim = self.engine.chunks.claim(run);
+        let mut pages = 0;
         for won in claim.runs() {
             match self.purpose {
                 Purpose::Fault => {
@@ -408,8 +413,9 @@ impl<'a> Worker<'a> {
             }
             self.engine.chunks.mark_saved(won);
             unprotect(won)?;
+            pages += won.count;
         }
-        Ok(())
+        Ok(pages)
     }
 
     /// Copies those pages of `run` that have content.

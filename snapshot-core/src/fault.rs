@@ -57,7 +57,8 @@ struct Server<'a> {
     /// Pages that could not be made writable because a discard was going on: all saved, or else let through
     /// before the consistency point.
     put_off: Vec<PageRun>,
-    faults: Vec<HostVirtAddr>,
+    /// Where, and which thread.
+    faults: Vec<(HostVirtAddr, u32)>,
 }
 
 impl Server<'_> {
@@ -69,8 +70,8 @@ impl Server<'_> {
             let read_at = Instant::now();
             let count = self.read(context, &mut room)?;
             let mut captured = 0;
-            while let Some(address) = self.faults.pop() {
-                captured += u32::from(self.fault(address)?);
+            while let Some((address, thread)) = self.faults.pop() {
+                captured += u32::from(self.fault(address, thread)?);
                 idle_since = Instant::now();
             }
             for _ in 0..captured {
@@ -110,7 +111,7 @@ impl Server<'_> {
         let Self { engine, faults, .. } = self;
         let mut spoiled = None;
         let count = context.read(room, |notice| match notice {
-            Notice::WriteFault(address) => faults.push(address),
+            Notice::WriteFault { address, thread } => faults.push((address, thread)),
             Notice::Discarded { start, end } => {
                 if let Err(error) = discarded(engine, start, end) {
                     spoiled.get_or_insert(error);
@@ -128,8 +129,8 @@ impl Server<'_> {
         count.map_err(protection("read faults on", HostVirtAddr(0)))
     }
 
-    /// Serves one fault; true if after the consistency point, as part of the snapshot.
-    fn fault(&mut self, address: HostVirtAddr) -> Result<bool, CaptureError> {
+    /// Serves one fault of `thread`; true if after the consistency point, as part of the snapshot.
+    fn fault(&mut self, address: HostVirtAddr, thread: u32) -> Result<bool, CaptureError> {
         let engine = self.engine;
         let Some(page) = engine.ram.layout.page_at(address) else {
             return Err(CaptureError::UnknownAddress { address });
@@ -149,31 +150,33 @@ impl Server<'_> {
         }
         drop(mode);
         engine.counters.faults.fetch_add(1, Ordering::Relaxed);
-        self.capture_around(region, page)?;
+        let pages = self.capture_around(region, page)?;
+        engine.counters.first_touches.add(thread, pages);
         Ok(true)
     }
 
-    fn capture_around(&mut self, region: &Region, page: PageIndex) -> Result<(), CaptureError> {
+    /// Saves what is not saved yet of the page's surroundings; returns how many pages.
+    fn capture_around(&mut self, region: &Region, page: PageIndex) -> Result<u64, CaptureError> {
         let engine = self.engine;
         let unit = region.window(page, 1);
         if engine.chunks.all_saved(unit) {
             // Saved while the notice was on its way; waking once more does no harm.
-            return self.unprotect(region, unit);
+            return self.unprotect(region, unit).map(|()| 0);
         }
         let headroom = engine.buffer.headroom_percent();
         let wanted = self.locality.wanted_pages(page, region.has_huge_pages, headroom);
         let Some(room) = self.worker.make_room(unit.count)? else {
-            return self.unprotect(region, unit);
+            return self.unprotect(region, unit).map(|()| 0);
         };
         let largest = 1 << room.ilog2();
         let window = region.window(page, wanted.min(largest));
         // Whoever has claimed the page makes it writable.
-        let Some(run) = engine.chunks.unclaimed_around(page, window) else { return Ok(()) };
+        let Some(run) = engine.chunks.unclaimed_around(page, window) else { return Ok(0) };
         self.locality.captured(run);
         self.capture(region, run)
     }
 
-    fn capture(&mut self, region: &Region, run: PageRun) -> Result<(), CaptureError> {
+    fn capture(&mut self, region: &Region, run: PageRun) -> Result<u64, CaptureError> {
         let Self { engine, worker, put_off, .. } = self;
         worker.capture(region, run, |won| unprotect_or_put_off(engine, region, won, put_off))
     }
@@ -339,10 +342,10 @@ mod tests {
         *engine.mode.write().unwrap() = Mode::Capturing;
         let mut server = server(&engine);
         let address = engine.ram.layout.address_of(PageIndex(5));
-        server.fault(address).unwrap();
+        server.fault(address, 0).unwrap();
         assert!(!is_protected(&engine, 5));
         engine.ram.unregister();
-        server.fault(address).unwrap();
+        server.fault(address, 0).unwrap();
     }
 
     #[test]

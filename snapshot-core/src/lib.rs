@@ -38,6 +38,7 @@ mod capture;
 mod chunk;
 pub mod dirty_rate;
 mod fault;
+mod first_touch;
 mod histogram;
 pub mod host;
 pub mod image;
@@ -59,6 +60,7 @@ pub mod workload;
 mod writer;
 
 pub use capture::CaptureError;
+pub use first_touch::FirstTouch;
 pub use histogram::Summary;
 pub use protection::RegisterError;
 pub use reason::Reason;

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use crate::first_touch::FirstTouch;
 use crate::histogram::Summary;
 use crate::session::nanos;
 
@@ -59,7 +60,7 @@ impl Phase {
 }
 
 /// A session at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Progress {
     /// Where it is.
     pub phase: Phase,
@@ -85,6 +86,8 @@ pub struct Progress {
     pub buffer_waits: u64,
     /// Write faults served since the consistency point.
     pub faults: u64,
+    /// The threads that had them.
+    pub first_touches: Vec<FirstTouch>,
     /// Time that the handler took for them.
     pub service: Summary,
     /// Time since the session began, in nanoseconds.
@@ -149,6 +152,8 @@ pub struct Report {
     pub arming_faults: u64,
     /// Write faults that waited for a copy.
     pub faults: u64,
+    /// The threads of the VMM that had them, and what was saved for each.
+    pub first_touches: Vec<FirstTouch>,
     /// Faults that had to wait for room in the copy buffer.
     pub buffer_waits: u64,
     /// Handler's time for a fault, from reading its notice until the write could go through. The fault's

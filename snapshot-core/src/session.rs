@@ -681,6 +681,7 @@ impl Session<'_> {
             remainder_pages: self.remainder_pages,
             arming_faults: load(&counters.arming_faults),
             faults: load(&counters.faults),
+            first_touches: counters.first_touches.get(),
             buffer_waits: load(&counters.buffer_waits),
             service: counters.service.summary(),
             buffer_peak_bytes: engine.buffer.used_bytes_max(),

@@ -46,6 +46,11 @@ fn a_snapshot_under_writers_is_of_one_instant() {
         let saved = report.captured.by_fault_bytes + report.captured.by_sweep_bytes;
         assert_eq!(saved, report.ram_bytes);
         assert_eq!(report.service.count, report.faults, "{report:?}");
+        let touches = &report.first_touches;
+        assert_eq!(touches.iter().map(|touch| touch.faults).sum::<u64>(), report.faults);
+        let bytes: u64 = touches.iter().map(|touch| touch.bytes).sum();
+        assert_eq!(bytes, report.captured.by_fault_bytes, "{report:?}");
+        assert!(touches.iter().all(|touch| touch.thread > 0), "{report:?}");
     }
 }
 
@@ -115,7 +120,7 @@ fn progress_accounts_for_every_byte() {
         assert_eq!(progress.saved_bytes + progress.remaining_bytes, progress.total_bytes);
         assert!(progress.fault_bytes <= progress.saved_bytes, "{progress:?}");
         if progress.phase == Phase::Committing {
-            last = *progress;
+            last = progress.clone();
         }
     };
     let options = Options::default();

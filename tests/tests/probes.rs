@@ -58,6 +58,13 @@ fn the_report_tells_whole_stalls_beside_the_handlers_part() {
     assert!(number("/scheduling/vcpus/0/run_ns") > 0, "{told:#}");
     assert!(number("/scheduling/fault_threads/0/slices") > 0, "{told:#}");
 
+    let vcpus: Vec<_> =
+        told["scheduling"]["vcpus"].as_array().unwrap().iter().map(|vcpu| &vcpu["tid"]).collect();
+    let touches = told["report"]["first_touches"].as_array().unwrap();
+    let by_vcpus = touches.iter().filter(|touch| vcpus.contains(&&touch["thread"]));
+    let faults: u64 = by_vcpus.map(|touch| touch["faults"].as_u64().unwrap()).sum();
+    assert!(faults > served / 2, "the guest's workers run on its virtual CPUs: {told:#}");
+
     let told =
         livesnap::snapshot(&source, &dir.path().join("without"), &["--probes", "none"]).unwrap();
     assert!(told["probes"].is_null() && told["disk"].is_null(), "{told:#}");

@@ -264,7 +264,7 @@ impl Target {
         loop {
             let mut outcome = Ok(());
             let count = self.waiting.read(&mut room, |notice| {
-                if let Notice::WriteFault(address) = notice {
+                if let Notice::WriteFault { address, .. } = notice {
                     let served = watched
                         .iter()
                         .find(|(_, one)| one.holds(address))

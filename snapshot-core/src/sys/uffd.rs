@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use linux_raw_sys::general::{
     UFFD_API, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
-    UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
-    UFFD_FEATURE_WP_UNPOPULATED, uffdio_api,
+    UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_THREAD_ID, UFFD_FEATURE_WP_ASYNC,
+    UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED, uffdio_api,
 };
 use linux_raw_sys::ioctl::UFFDIO_API;
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
@@ -33,9 +33,11 @@ const EVENTS_PER_READ: usize = 32;
 pub struct Features(pub u64);
 
 impl Features {
-    /// Without these no snapshot is possible: write faults, and notice of pages taken away.
+    /// Without these no snapshot is possible: write faults, with the thread that had them, and notice of pages
+    /// taken away.
     pub const REQUIRED: Self = Self(
         UFFD_FEATURE_PAGEFAULT_FLAG_WP as u64
+            | UFFD_FEATURE_THREAD_ID as u64
             | UFFD_FEATURE_EVENT_REMAP as u64
             | UFFD_FEATURE_EVENT_REMOVE as u64
             | UFFD_FEATURE_EVENT_UNMAP as u64,
@@ -137,7 +139,12 @@ pub struct Context {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// A thread sleeps because it wants to write here.
-    WriteFault(HostVirtAddr),
+    WriteFault {
+        /// Where.
+        address: HostVirtAddr,
+        /// The thread, by its id in its own PID namespace; 0 if the context was made without that feature.
+        thread: u32,
+    },
     /// `madvise` is about to discard these pages. Its caller proceeds once this is read, so their content
     /// cannot be saved any more.
     Discarded {
@@ -246,8 +253,9 @@ impl Context {
         let mut count = 0;
         for event in self.uffd.read_events(&mut room.0).map_err(into_io)? {
             each(match event.map_err(into_io)? {
-                Event::Pagefault { kind: FaultKind::WriteProtected, addr, .. } => {
-                    Notice::WriteFault(HostVirtAddr(addr as u64))
+                Event::Pagefault { kind: FaultKind::WriteProtected, addr, thread_id, .. } => {
+                    let thread = thread_id.as_raw().unsigned_abs();
+                    Notice::WriteFault { address: HostVirtAddr(addr as u64), thread }
                 }
                 Event::Remove { start, end } => Notice::Discarded {
                     start: HostVirtAddr(start as u64),
