@@ -70,4 +70,8 @@ pub use session::Controls;
 pub use session::{
     Abort, BUFFER_BYTES_MIN, BufferLimit, Cancel, Cause, Options, SessionError, snapshot,
 };
+#[cfg(feature = "test-guest")]
+pub use sys::test_kvm::KvmGuest;
+#[cfg(feature = "test-guest")]
+pub use sys::test_memory::{Kind as TestMemoryKind, TestMemory};
 pub use sys::uffd::create_local as userfaultfd;

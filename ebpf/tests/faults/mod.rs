@@ -51,13 +51,7 @@ impl Memory {
     pub fn new() -> userfaultfd::Result<Self> {
         let pages: Vec<Page> =
             (0..PAGES).map(|_| Page(std::array::from_fn(|_| AtomicU8::new(1)))).collect();
-        let uffd = UffdBuilder::new()
-            .close_on_exec(true)
-            .non_blocking(true)
-            .user_mode_only(false)
-            .require_features(FeatureFlags::PAGEFAULT_FLAG_WP)
-            .create()?;
-        let memory = Self { pages, uffd };
+        let memory = Self { pages, uffd: open()? };
         memory.uffd.register_with_mode(
             memory.start(),
             PAGES * PAGE_BYTES,
@@ -88,15 +82,19 @@ impl Memory {
 
     /// Has a system call write to each page; returns how many those are.
     pub fn fault_in_system_calls(&mut self) -> usize {
-        let (start, len) = (self.start(), PAGES * PAGE_BYTES);
         let zeros = File::open("/dev/zero").unwrap();
+        self.fault_by(|byte| assert_eq!((&zeros).read(byte).unwrap(), 1))
+    }
+
+    /// Has `write` write to each page; returns how many those are.
+    pub fn fault_by(&mut self, mut write: impl FnMut(&mut [u8])) -> usize {
+        let (start, len) = (self.start(), PAGES * PAGE_BYTES);
         let Self { pages, uffd } = self;
         std::thread::scope(|scope| {
             scope.spawn(|| serve(uffd, PAGES, 0));
             uffd.write_protect(start, len).unwrap();
             for page in pages {
-                let byte = std::slice::from_mut(page.0[0].get_mut());
-                assert_eq!((&zeros).read(byte).unwrap(), 1);
+                write(std::slice::from_mut(page.0[0].get_mut()));
             }
         });
         PAGES
@@ -117,6 +115,16 @@ impl Memory {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
         Timed { tid, sorted_ns: durations }
     }
+}
+
+/// A userfaultfd that also sees faults of the kernel.
+pub fn open() -> userfaultfd::Result<Uffd> {
+    UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        .user_mode_only(false)
+        .require_features(FeatureFlags::PAGEFAULT_FLAG_WP)
+        .create()
 }
 
 /// Lets `count` faults through, on one CPU.

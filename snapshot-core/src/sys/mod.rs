@@ -6,9 +6,9 @@ pub mod memory;
 pub mod pagemap_scan;
 pub mod ptrace;
 pub mod signals;
-#[cfg(test)]
+#[cfg(any(test, feature = "test-guest"))]
 pub mod test_kvm;
-#[cfg(test)]
+#[cfg(any(test, feature = "test-guest"))]
 pub mod test_memory;
 pub mod uffd;
 pub mod uring;

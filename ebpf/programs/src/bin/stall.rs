@@ -27,6 +27,8 @@ static STARTS: StartsByThread = StartsByThread::new();
 const VM_UFFD_WP: u64 = 0x1000;
 /// In `vm_fault::flags`: the access came from user mode (`FAULT_FLAG_USER` in linux/mm_types.h).
 const FAULT_FLAG_USER: u32 = 0x40;
+/// The same: rather than wait, come back at once (`FAULT_FLAG_RETRY_NOWAIT`). KVM asks so first, and then again.
+const FAULT_FLAG_RETRY_NOWAIT: u32 = 0x8;
 
 /// Where these members lie in the kernel's `struct vm_fault`; set by the loader.
 #[unsafe(no_mangle)]
@@ -131,7 +133,7 @@ fn wait_begins(vm_fault: u64, reason: u64) {
     let Ok(flags) = (unsafe { bpf_probe_read_kernel(member(flags_offset).cast::<u32>()) }) else {
         return;
     };
-    if is_in_ranges(address) {
+    if flags & FAULT_FLAG_RETRY_NOWAIT == 0 && is_in_ranges(address) {
         let mode = if flags & FAULT_FLAG_USER != 0 { MODE_USER } else { MODE_KERNEL };
         stall::begin(&MAPS, &STARTS, tid, address, mode);
     }

@@ -58,6 +58,7 @@ fn run() -> Result<()> {
                 ("TMPDIR", "/var/tmp"),
                 ("REQUIRE_PRIVILEGED", "1"),
                 ("REQUIRE_KVM", "1"),
+                ("REQUIRE_TIERS", "1"),
             ])
             .status()
             .with_context(|| format!("cannot run {program}"))?;
