@@ -9,7 +9,7 @@
 
 pub mod disk;
 
-/// Address ranges that the programs look at; see [`Range`].
+/// Address ranges that the programs look at.
 pub const RANGES_MAX: usize = 16;
 
 /// Histograms that are kept: one for each thread, [`Period`], [`Mode`] and [`Kind`] that had a fault.
