@@ -11,7 +11,7 @@ mod privilege;
 
 use std::ffi::c_void;
 use std::io::IoSlice;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use faults::Memory;
 use kvm_ioctls::Kvm;
@@ -26,6 +26,13 @@ use userfaultfd::RegisterMode;
 const GUEST_PAGES: usize = 1024;
 /// Tiers that see what the kernel does for a fault, and not the exception.
 const AT_THE_WAIT: [Tier; 2] = [Tier::Fentry, Tier::Kprobe];
+
+/// Taken by every test: a thread that waits while another test attaches or detaches `fentry` leaves the kernel's function
+/// without its end being seen.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Probes of our own process, if the kernel has this tier; says so if it has not.
 fn attach(tier: Tier, range: Range) -> Option<Probes> {
@@ -51,6 +58,7 @@ fn seen(probes: &Probes) -> (u64, u64) {
 
 #[test]
 fn writes_of_threads_are_all_seen() {
+    let _alone = alone();
     for tier in Tier::ALL.into_iter().filter(|_| is_root("attaching probes")) {
         let memory = Memory::new().unwrap();
         let Some(probes) = attach(tier, memory.range()) else { continue };
@@ -63,6 +71,7 @@ fn writes_of_threads_are_all_seen() {
 
 #[test]
 fn writes_of_system_calls_are_all_seen() {
+    let _alone = alone();
     for tier in Tier::ALL.into_iter().filter(|_| is_root("attaching probes")) {
         let mut memory = Memory::new().unwrap();
         let Some(probes) = attach(tier, memory.range()) else { continue };
@@ -73,6 +82,7 @@ fn writes_of_system_calls_are_all_seen() {
 
 #[test]
 fn writes_to_pinned_pages_are_seen_where_the_wait_is() {
+    let _alone = alone();
     for tier in Tier::ALL.into_iter().filter(|_| is_root("attaching probes")) {
         let mut memory = Memory::new().unwrap();
         let Some(probes) = attach(tier, memory.range()) else { continue };
@@ -89,6 +99,7 @@ fn writes_to_pinned_pages_are_seen_where_the_wait_is() {
 
 #[test]
 fn writes_of_a_kvm_guest_are_all_seen() {
+    let _alone = alone();
     let Some(kvm) = is_root("attaching probes").then(kvm).flatten() else { return };
     for tier in AT_THE_WAIT {
         let ram = Arc::new(TestMemory::map(TestMemoryKind::Anonymous, GUEST_PAGES).unwrap());
