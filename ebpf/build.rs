@@ -30,6 +30,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!(
                 "cargo::warning=livesnap is built without BPF programs, for {missing}: run `cargo xtask setup`"
             );
+            // Is never there, which has cargo ask again at each build, so that tools that came meanwhile are found.
+            println!("cargo::rerun-if-changed=missing-tools");
             for object in OBJECTS {
                 fs::write(object_path(&out, object), [])?;
             }

@@ -9,8 +9,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_perf_event_data;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel,
-    generated::bpf_ktime_get_ns,
+    bpf_get_current_pid_tgid, bpf_get_current_task_btf, generated::bpf_ktime_get_ns,
 };
 use aya_ebpf::programs::PerfEventContext;
 use livesnap_ebpf_common::{
@@ -111,8 +110,11 @@ pub fn exception(maps: &Maps, starts: &'static impl Starts, mode: Mode, address:
 /// Notes that a fault of the running thread begins.
 #[inline(always)]
 pub fn begin(maps: &Maps, starts: &'static impl Starts, tid: u32, address: u64, mode: Mode) {
+    // First of all: what the rest takes is part of the fault.
+    // SAFETY: a helper without preconditions.
+    let at_ns = unsafe { bpf_ktime_get_ns() };
     match starts.of_thread_or_new(tid) {
-        Some(start) => maps.begin(start, address, mode),
+        Some(start) => maps.begin(start, at_ns, address, mode),
         None => maps.count(counter::MAP_FULL),
     }
 }
@@ -123,12 +125,10 @@ pub fn page_fault_end(maps: &Maps, starts: &'static impl Starts, ctx: &PerfEvent
     let Some(tid) = thread_of_interest() else { return };
     // SAFETY: the context of this kind of program.
     let address = unsafe { (*ctx.as_ptr().cast::<bpf_perf_event_data>()).addr };
-    if !is_in_ranges(address) {
-        return;
-    }
     match starts.of_thread(tid) {
         Some(start) if start.at_ns != 0 && start.address == address => maps.end(start, tid),
-        _ => maps.count(counter::END_WITHOUT_START),
+        _ if is_in_ranges(address) => maps.count(counter::END_WITHOUT_START),
+        _ => {}
     }
 }
 
@@ -150,14 +150,15 @@ fn switches() -> u64 {
     if offset == 0 {
         return 0;
     }
-    // SAFETY: a helper without preconditions.
-    let task = unsafe { bpf_get_current_task() };
-    let counts = (task + u64::from(offset)) as *const [u64; 2];
-    // SAFETY: the helper checks the address that it reads from.
-    match unsafe { bpf_probe_read_kernel(counts) } {
-        Ok([voluntary, involuntary]) => voluntary.wrapping_add(involuntary),
-        Err(_) => 0,
-    }
+    // SAFETY: a helper without preconditions. The verifier does not look at it where the offset is 0, so it may lack BTF.
+    let task = unsafe { bpf_get_current_task_btf() }.cast::<u8>().cast_const();
+    // SAFETY: the offset is that of a member.
+    let counts = unsafe { task.add(offset as usize) }.cast::<u64>();
+    // SAFETY: a member of the running thread, as the verifier sees to.
+    let voluntary = unsafe { core::ptr::read_volatile(counts) };
+    // SAFETY: the same.
+    let involuntary = unsafe { core::ptr::read_volatile(counts.add(1)) };
+    voluntary + involuntary
 }
 
 /// What the fault is that began when the thread had left its CPU `before` times.
@@ -187,7 +188,7 @@ pub fn is_in_ranges(address: u64) -> bool {
 impl Maps {
     /// Notes in `start` that a fault begins.
     #[inline(always)]
-    pub fn begin(&self, start: &mut Start, address: u64, mode: Mode) {
+    pub fn begin(&self, start: &mut Start, at_ns: u64, address: u64, mode: Mode) {
         if start.at_ns != 0 {
             self.count(counter::START_WITHOUT_END);
         }
@@ -195,8 +196,7 @@ impl Maps {
         start.address = address;
         start.class = class_of(period, mode, KIND_WAITED).into();
         start.switches = switches();
-        // SAFETY: a helper without preconditions.
-        start.at_ns = unsafe { bpf_ktime_get_ns() };
+        start.at_ns = at_ns;
     }
 
     /// Counts the fault that `start` noted, and forgets it.
