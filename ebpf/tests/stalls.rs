@@ -16,7 +16,7 @@ const FAULTS: usize = 300_000;
 /// What the probes may be off: they see neither the processor's way into the exception nor the way back from it.
 const TOLERANCE_NS: u64 = 2_000;
 /// How often to measure on a busy machine.
-const ATTEMPTS: usize = 3;
+const ATTEMPTS: usize = 5;
 
 /// Within 2 us, or 10 % if that is more.
 fn is_close(seen_ns: u64, own_ns: u64) -> bool {
@@ -47,7 +47,7 @@ fn attach(memory: &Memory, options: &Options) -> Result<Probes, ProbeError> {
 }
 
 /// Compares `count` faults of a writer and a handler on these CPUs. Every fault must be counted every time. The
-/// durations must agree once in three times: whoever takes the CPU away between the end of a fault and the thread's
+/// durations must agree once in five times: whoever takes the CPU away between the end of a fault and the thread's
 /// look at the clock spoils the thread's own figures.
 fn measure(options: &Options, count: usize, writer: usize, handler: usize) -> Result<(), String> {
     // Measurements at the same time would do just that to each other.
