@@ -12,7 +12,7 @@ use clap::CommandFactory as _;
 use snapshot_core::Reason;
 
 use crate::Cli;
-use crate::failure::{CANCELLED, FAILED, REFUSED};
+use crate::failure::{CANCELLED, FAILED, GIVEN_UP, REFUSED};
 
 /// Compares `text` with the file `name`, or writes it there.
 fn check(name: &str, text: &str) {
@@ -59,6 +59,7 @@ fn every_reason_is_documented() {
          | {FAILED} | failed, or not sound |\n\
          | 2 | wrong usage |\n\
          | {REFUSED} | refused before anything was touched |\n\
+         | {GIVEN_UP} | given up, because the limits could not be kept |\n\
          | {CANCELLED} | interrupted (reason `{}`) |\n\n\
          | reason | meaning |\n| --- | --- |\n",
         Reason::Cancelled

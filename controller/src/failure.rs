@@ -9,6 +9,8 @@ use snapshot_core::{Phase, Reason, SessionError};
 pub const FAILED: u8 = 1;
 /// It was not tried.
 pub const REFUSED: u8 = 3;
+/// Given up, because the operator's limits could not be kept.
+pub const GIVEN_UP: u8 = 4;
 /// Interrupted by a signal, as shells tell it.
 pub const CANCELLED: u8 = 130;
 
@@ -30,7 +32,13 @@ impl Failure {
         reason: Reason,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        let exit_code = if reason == Reason::Cancelled { CANCELLED } else { FAILED };
+        let exit_code = match reason {
+            Reason::Cancelled => CANCELLED,
+            Reason::BufferForecast | Reason::StallLimit | Reason::CpuFloor | Reason::Deadline => {
+                GIVEN_UP
+            }
+            _ => FAILED,
+        };
         Self { reason, exit_code, source: source.into() }
     }
 
@@ -44,7 +52,8 @@ impl Failure {
 
     /// What takes the place of a report.
     pub fn json(&self) -> serde_json::Value {
-        json!({"outcome": "failed", "reason": self.reason, "error": self.to_string()})
+        let outcome = if self.exit_code == GIVEN_UP { "aborted" } else { "failed" };
+        json!({"outcome": outcome, "reason": self.reason, "error": self.to_string()})
     }
 }
 

@@ -1,10 +1,13 @@
 //! The `livesnap` command line.
 //!
-//! Exit codes: 0 done and sound, 1 failed or not sound, 2 wrong usage, 3 refused, 130 interrupted.
+//! Exit codes: 0 done and sound, 1 failed or not sound, 2 wrong usage, 3 refused, 4 given up, 130 interrupted.
 
 #![forbid(unsafe_code)]
 
+mod actuator;
+mod cgroup;
 mod commands;
+mod control_loop;
 mod disk;
 #[cfg(test)]
 mod docs;

@@ -67,6 +67,11 @@ impl Measures {
         }
     }
 
+    /// The guest's stalls.
+    pub const fn probes(&self) -> &SnapshotProbes {
+        &self.probes
+    }
+
     /// For programs: the stalls, the disk, the scheduler.
     pub fn json(&self) -> [(&'static str, Value); 3] {
         let outcome = self.scheduling.as_ref().and_then(|scheduling| scheduling.outcome.as_ref());

@@ -5,6 +5,7 @@
 use std::fmt::Write as _;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use livesnap_control::Stall;
 use livesnap_ebpf::{Options, ProbeError, Probes, Range, Reading, Refusal, Tier};
 use serde_json::{Value, json};
 use snapshot_core::vmm::Vmm;
@@ -89,6 +90,20 @@ impl SnapshotProbes {
         if progress.phase >= Phase::Draining && reading.is_none() {
             *reading = Some(probes.read());
         }
+    }
+
+    /// Stalls since the consistency point so far, and how many of them were longer than `limit_ns`; nothing where they
+    /// are not measured.
+    pub fn stalls_over(&self, limit_ns: u64) -> Option<Stall> {
+        let Self::Attached(attached) = self else { return None };
+        let reading = attached.probes.read().ok()?;
+        let histogram = reading.stalls.after();
+        let over = histogram.buckets().filter(|((shortest_ns, _), _)| *shortest_ns >= limit_ns);
+        Some(Stall {
+            faults: histogram.count,
+            over_limit: over.map(|(_, count)| count).sum(),
+            lost_events: reading.stalls.lost.map_full,
+        })
     }
 
     /// For programs.

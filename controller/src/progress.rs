@@ -30,8 +30,8 @@ impl Bar {
         Self { bar, copying_since: None }
     }
 
-    /// Shows `progress`.
-    pub fn show(&mut self, progress: &Progress) {
+    /// Shows `progress`, with what is to be said `more`.
+    pub fn show(&mut self, progress: &Progress, more: &str) {
         // The guest stands still: no time for a terminal.
         if progress.phase == Phase::Frozen && progress.is_consistent {
             return;
@@ -46,7 +46,7 @@ impl Bar {
         self.bar.set_position(progress.saved_bytes);
         let fill = progress.buffer_used_bytes * 100 / progress.buffer_limit_bytes.max(1);
         self.bar.set_message(format!(
-            "{}  buffer {fill}%  {} faults  stall p99 {}",
+            "{}  buffer {fill}%  {} faults  stall p99 {}{more}",
             rate(progress.written_bytes, since.elapsed()),
             progress.faults,
             nanos(progress.service.p99_ns),

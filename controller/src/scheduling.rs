@@ -5,13 +5,13 @@
 //! documentation), and the last for every cgroup (`cpu.stat`), so nothing needs to be attached to each context switch.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
 
 use procfs::ProcError;
-use procfs::process::{MountInfo, Process, Task};
+use procfs::process::{Process, Task};
 use rustix::process::Pid;
 use serde::Serialize;
+
+use crate::cgroup::Group;
 
 /// What a thread got and did not get. In nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -103,17 +103,16 @@ pub fn of_own_threads(name: &str) -> Vec<ThreadAccount> {
 }
 
 /// The cgroups whose quotas can hold threads back: those that the threads are in, and all above them.
-pub struct Quotas(BTreeMap<PathBuf, u64>);
+pub struct Quotas(BTreeMap<Group, u64>);
 
 impl Quotas {
     /// Those of threads with these ids.
     pub fn of(tids: &[Pid]) -> Self {
-        let mounts = Process::myself().and_then(|process| process.mountinfo());
-        let mounts = mounts.map_or_else(|_| Vec::new(), |mounts| mounts.0);
-        let directories = tids.iter().flat_map(|tid| directories(&mounts, *tid));
-        let throttled = directories.filter_map(|directory| {
-            let throttled_ns = throttled_ns(&directory)?;
-            Some((directory, throttled_ns))
+        let groups = tids.iter().flat_map(|tid| Group::all_of_thread(tid.as_raw_pid()));
+        let throttled = groups.flatten().filter_map(|group| {
+            // Without a quota there is none to be told of.
+            let withheld_ns = group.statistics().ok()?.withheld_ns;
+            Some((group, withheld_ns))
         });
         Self(throttled.collect())
     }
@@ -122,54 +121,13 @@ impl Quotas {
     /// if there are no quotas to be told of.
     pub fn take_throttled_ns(&mut self) -> Option<u64> {
         let mut sum = None;
-        for (directory, last) in &mut self.0 {
-            let Some(now) = throttled_ns(directory) else { continue };
-            let earlier = std::mem::replace(last, now);
-            sum = Some(sum.unwrap_or(0) + now.saturating_sub(earlier));
+        for (group, last) in &mut self.0 {
+            let Ok(now) = group.statistics() else { continue };
+            let earlier = std::mem::replace(last, now.withheld_ns);
+            sum = Some(sum.unwrap_or(0) + now.withheld_ns.saturating_sub(earlier));
         }
         sum
     }
-}
-
-/// The directories of a thread's cgroup for the controller `cpu` and of those above it. The controller is in a hierarchy
-/// of its own (version 1) or in the common one (version 2), not in both.
-fn directories(mounts: &[MountInfo], tid: Pid) -> Vec<PathBuf> {
-    let cgroups = Process::new(tid.as_raw_pid()).and_then(|thread| thread.cgroups());
-    let Ok(cgroups) = cgroups else { return Vec::new() };
-    let has_cpu = |controllers: &[String]| controllers.iter().any(|name| name == "cpu");
-    let of_version_1 = cgroups.0.iter().find(|cgroup| has_cpu(&cgroup.controllers));
-    let found = match of_version_1 {
-        Some(cgroup) => {
-            let is_it = |mount: &&MountInfo| {
-                mount.fs_type == "cgroup" && mount.super_options.contains_key("cpu")
-            };
-            mounts.iter().find(is_it).zip(Some(cgroup))
-        }
-        None => {
-            let mount = mounts.iter().find(|mount| mount.fs_type == "cgroup2");
-            mount.zip(cgroups.0.iter().find(|cgroup| cgroup.hierarchy == 0))
-        }
-    };
-    let Some((mount, cgroup)) = found else { return Vec::new() };
-    // A container may see only a part of the hierarchy.
-    let Ok(path) = Path::new(&cgroup.pathname).strip_prefix(&mount.root) else {
-        return Vec::new();
-    };
-    path.ancestors().map(|path| mount.mount_point.join(path)).collect()
-}
-
-/// For how long a cgroup's own quota has held its threads back; nothing if it has none.
-fn throttled_ns(directory: &Path) -> Option<u64> {
-    parse_throttled_ns(&fs::read_to_string(directory.join("cpu.stat")).ok()?)
-}
-
-/// `throttled_time` in nanoseconds (version 1) or `throttled_usec` (version 2).
-fn parse_throttled_ns(stat: &str) -> Option<u64> {
-    stat.lines().find_map(|line| match line.split_once(' ')? {
-        ("throttled_time", ns) => ns.parse().ok(),
-        ("throttled_usec", us) => us.parse::<u64>().ok()?.checked_mul(1000),
-        _ => None,
-    })
 }
 
 #[cfg(test)]
@@ -228,30 +186,5 @@ mod tests {
         }
         let sum = Account::sum(&accounts);
         assert_eq!(sum.mean_wait_ns(), sum.wait_ns / sum.slices);
-    }
-
-    #[test]
-    fn both_versions_of_cpu_stat_are_read() {
-        let version_1 = "nr_periods 4\nnr_throttled 3\nthrottled_time 123456789\n";
-        let version_2 = "usage_usec 9\nnr_periods 4\nnr_throttled 3\nthrottled_usec 123456\n";
-        assert_eq!(parse_throttled_ns(version_1), Some(123_456_789));
-        assert_eq!(parse_throttled_ns(version_2), Some(123_456_000));
-        assert_eq!(parse_throttled_ns("usage_usec 9\n"), None, "the root cgroup has no quota");
-    }
-
-    #[test]
-    fn a_cgroup_and_all_above_it_are_found_in_what_is_mounted() {
-        let mount = |line| MountInfo::from_line(line).unwrap();
-        let of_another = mount("30 25 0:26 / /cgroup/memory rw - cgroup cgroup rw,memory");
-        let mounts =
-            [of_another, mount("31 25 0:27 / /cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct")];
-        let common = [mount("32 25 0:28 / /cgroup rw - cgroup2 cgroup rw")];
-        let own = Process::myself().unwrap().cgroups().unwrap().0;
-        let is_version_1 = own.iter().any(|cgroup| cgroup.controllers.contains(&"cpu".into()));
-        let (mounts, at) =
-            if is_version_1 { (&mounts[..], "/cgroup/cpu") } else { (&common[..], "/cgroup") };
-        let found = directories(mounts, rustix::process::getpid());
-        assert_eq!(found.last().map(PathBuf::as_path), Some(Path::new(at)));
-        assert!(found.iter().all(|directory| directory.starts_with(at)));
     }
 }

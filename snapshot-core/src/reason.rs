@@ -95,6 +95,8 @@ reasons! {
     BufferForecast = "buffer_forecast",
     /// The guest's writes waited longer than allowed even with the least CPU time that it must be left.
     StallLimit = "stall_limit",
+    /// The guest got less CPU time than it must be left, because its writes waited for room in the copy buffer.
+    CpuFloor = "cpu_floor",
     /// The destination is too slow for the deadline.
     Deadline = "deadline",
     // Reading a snapshot.

@@ -33,6 +33,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod qmp_proxy;
 pub mod restored;
+pub mod slow_disk;
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -39,8 +39,11 @@ pub fn command<I: IntoIterator<Item = impl Into<OsString>>>(arguments: I) -> Res
 }
 
 /// `livesnap snapshot --json` of `qemu` into `out`, with more arguments, not started yet.
+///
+/// On a busy host writes wait longer than a limit allows that is meant for real ones: that is no failure of a test, unless
+/// it says so by another `--on-infeasible` behind this one.
 pub fn snapshot_command(qemu: &Qemu, out: &Path, more: &[&str]) -> Result<Command> {
-    let mut command = command(["snapshot", "--json", "--qmp"])?;
+    let mut command = command(["snapshot", "--json", "--on-infeasible=wait", "--qmp"])?;
     command.arg(qemu.qmp_socket()).arg("--out").arg(out).args(more);
     Ok(command)
 }
@@ -129,6 +132,12 @@ impl Running {
         both(Signal::STOP)?;
         meanwhile();
         both(Signal::CONT)
+    }
+
+    /// Kills it, and first its guard, so that nobody is left to put anything right.
+    pub fn kill_with_guard(&self) -> Result<()> {
+        kill_process(self.guard()?, Signal::KILL).context("cannot kill the guard")?;
+        self.signal(Signal::KILL)
     }
 
     fn pid(&self) -> Result<Pid> {

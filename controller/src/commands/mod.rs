@@ -4,6 +4,7 @@ mod child_of;
 mod completions;
 mod demo;
 mod doctor;
+mod guard;
 mod inspect;
 mod restore;
 mod snapshot;
@@ -40,9 +41,9 @@ pub enum Command {
     #[command(after_help = inspect::EXAMPLES)]
     Inspect(ReadArgs),
     Completions(completions::Args),
-    /// Watch over a pause for another livesnap process
+    /// Watch over another livesnap process, and finish what it leaves half done
     #[command(hide = true)]
-    Guard,
+    Guard(guard::Args),
     /// Run a program that ends with another livesnap process
     #[command(hide = true)]
     ChildOf(child_of::Args),
@@ -63,7 +64,7 @@ impl Command {
             Self::Verify(args) => verify::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Completions(args) => completions::run(&args),
-            Self::Guard => return Ok(snapshot_core::vmm::guard::main()),
+            Self::Guard(args) => return Ok(guard::run(&args)),
             Self::ChildOf(args) => child_of::run(&args),
             Self::DemoGuest(args) => demo::guest::run(&args),
         };

@@ -7,12 +7,15 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use rustix::process::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGXFSZ};
 use snapshot_core::vmm::Vmm;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
 use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot};
 
+use super::guard;
+use crate::actuator;
+use crate::control_loop::{ControlLoop, PolicyArgs};
 use crate::measures::Measures;
 use crate::probes::Choice;
 use crate::{Failure, output, progress};
@@ -22,6 +25,7 @@ Examples:
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1-monday
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --buffer 2GiB --json
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --no-disks
+  livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --min-cpu 50% --deadline 5m
 
 The guest pauses for some milliseconds and runs on while its memory is saved. Each writable disk goes on in a
 new overlay (IMAGE.livesnap-*.qcow2); the image below it is the disk of the snapshot and must not be written to.
@@ -33,6 +37,7 @@ Exit codes:
   1    failed; the guest runs on and nothing that looks like a snapshot is left
   2    wrong usage
   3    refused before anything was touched; every reason and its remedy is told
+  4    given up, because the limits could not be kept; as 1
   130  interrupted; as 1";
 
 /// Take a point-in-time snapshot of a running virtual machine
@@ -67,16 +72,23 @@ pub struct Args {
     /// Report as JSON on standard output
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    policy: PolicyArgs,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<(), Failure> {
     let cancel = cancel_on_signal()?;
+    let state_dir = args.policy.state.directory();
+    for leftover in actuator::repair(&state_dir) {
+        output::error(actuator::in_words(&leftover));
+    }
     let qemu = QemuOptions {
         pid: args.pid,
         disks: !args.no_disks,
         overlay_dir: args.overlay_dir.clone(),
         pause_limit: args.pause_limit,
+        guard_command: guard::command(&state_dir),
         ..QemuOptions::new(args.qmp.clone())
     };
     let options = Options {
@@ -87,25 +99,39 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let outcome = QemuVmm::attach(qemu)
         .map_err(|error| Failure::refused(error.reason(), error))
         .and_then(|mut vmm| {
-            let mut measures = Measures::attach(args.probes, &mut vmm, &args.out);
-            let report = take(&mut vmm, &args.out, &options, &cancel, &mut measures)?;
-            Ok((report, measures))
+            let measures = Measures::attach(args.probes, &mut vmm, &args.out);
+            let (bytes, limit) = (options.buffer_bytes, &options.buffer_limit);
+            let control = ControlLoop::new(&args.policy, bytes, &mut vmm, limit, &cancel)?;
+            Ok((vmm, measures, control))
+        })
+        .map(|(mut vmm, mut measures, mut control)| {
+            let taken = take(&mut vmm, &args.out, &options, &cancel, &mut measures, &mut control);
+            Attempt { taken, measures, control }
         });
     tell(&args.out, outcome, args.json)
 }
 
-/// Takes a snapshot with a progress bar, and measures.
+/// A snapshot that was tried, and what was seen and done meanwhile.
+struct Attempt {
+    taken: Result<Report, Failure>,
+    measures: Measures,
+    control: ControlLoop,
+}
+
+/// Takes a snapshot with a progress bar, measures, and keeps the limits.
 pub fn take(
     vmm: &mut dyn Vmm,
     out: &std::path::Path,
     options: &Options,
     cancel: &Cancel,
     measures: &mut Measures,
+    control: &mut ControlLoop,
 ) -> Result<Report, Failure> {
     let mut bar = progress::Bar::new();
     let mut observe = |progress: &_| {
         measures.observe(progress);
-        bar.show(progress);
+        control.observe(progress, measures.probes());
+        bar.show(progress, &control.in_brief());
     };
     let taken = snapshot(vmm, out, options, cancel, &mut observe);
     bar.end();
@@ -115,25 +141,22 @@ pub fn take(
 /// Reports the outcome for people or programs.
 fn tell(
     out: &std::path::Path,
-    outcome: Result<(Report, Measures), Failure>,
+    outcome: Result<Attempt, Failure>,
     as_json: bool,
 ) -> Result<(), Failure> {
     if as_json {
         output::json(&match &outcome {
-            Ok((report, measures)) => {
-                let mut value = json!({"outcome": "completed", "directory": out, "report": report});
-                for (name, measured) in measures.json() {
-                    value[name] = measured;
-                }
-                value
-            }
+            Ok(attempt) => attempt.json(out),
             Err(failure) => failure.json(),
         })?;
     }
-    let (report, measures) = outcome?;
+    let Attempt { taken, measures, control } = outcome?;
+    let report = taken?;
     if !as_json {
+        let mut rows = measures.rows();
+        rows.extend(control.row());
         output::line(format_args!("snapshot in {}", out.display()))?;
-        output::line(progress::summary(&report, &measures.rows()))?;
+        output::line(progress::summary(&report, &rows))?;
         if let Some(text) = reminder(&report.overlays) {
             output::line(text)?;
         }
@@ -142,6 +165,23 @@ fn tell(
         output::error(format_args!("warning: {warning}"));
     }
     Ok(())
+}
+
+impl Attempt {
+    /// For programs.
+    fn json(&self, out: &std::path::Path) -> Value {
+        let mut value = match &self.taken {
+            Ok(report) => json!({"outcome": "completed", "directory": out, "report": report}),
+            Err(failure) => failure.json(),
+        };
+        value["control"] = self.control.json();
+        if self.taken.is_ok() {
+            for (name, measured) in self.measures.json() {
+                value[name] = measured;
+            }
+        }
+        value
+    }
 }
 
 /// What must not be forgotten where disks go on in overlays.

@@ -26,6 +26,7 @@ use snapshot_core::{Cancel, Options, Reason, Report};
 use self::guest::Request;
 use self::vmm::{GuestError, GuestProcess};
 use super::snapshot::{cancel_on_signal, default_buffer_bytes, take};
+use crate::control_loop::ControlLoop;
 use crate::measures::Measures;
 use crate::{Failure, output, progress};
 
@@ -146,7 +147,8 @@ fn take_snapshot(
     cancel: &Cancel,
 ) -> Result<(Report, u64), Failure> {
     let options = Options { buffer_bytes: default_buffer_bytes(), ..Options::default() };
-    let report = take(guest, &scratch.snapshot(), &options, cancel, &mut Measures::none())?;
+    let (mut measures, mut control) = (Measures::none(), ControlLoop::Off);
+    let report = take(guest, &scratch.snapshot(), &options, cancel, &mut measures, &mut control)?;
     let now = guest.ask(Request::Look)?;
     let written = now.iter().zip(guest.counters_at_pause()).map(|(now, then)| now - then).sum();
     Ok((report, written))

@@ -7,7 +7,7 @@
 
 mod host;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 use serde::Serialize;
@@ -18,7 +18,8 @@ use snapshot_core::vmm::qemu::preflight::{Refusal, Survey};
 use snapshot_core::vmm::qemu::{QemuOptions, survey};
 
 use super::snapshot::parse_pid;
-use crate::{Failure, output};
+use crate::control_loop::StateArgs;
+use crate::{Failure, actuator, output};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,7 +28,7 @@ Examples:
   livesnap doctor --qmp /run/vm1/qmp.sock
   livesnap doctor --json | jq '.findings[] | select(.verdict != \"ok\")'
 
-Looks only: nothing is changed, and a virtual machine is not paused. Every finding is
+Looks only, unless told to --repair: nothing is changed, and a virtual machine is not paused. Every finding is
   ok        as it should be
   degraded  snapshots work, with the limit that is told
   unfit     no snapshot is possible before that is changed
@@ -50,6 +51,11 @@ pub struct Args {
     /// Look at the file system of this destination too
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Put back what a livesnap that was killed has changed
+    #[arg(long)]
+    repair: bool,
+    #[command(flatten)]
+    state: StateArgs,
     /// Report as JSON on standard output
     #[arg(long)]
     json: bool,
@@ -120,6 +126,7 @@ impl Finding {
 /// Runs the command.
 pub fn run(args: Args) -> Result<(), Failure> {
     let mut findings = host::look();
+    findings.extend(leftovers(&args.state.directory(), args.repair));
     findings.extend(args.out.iter().flat_map(|out| host::look_at_destination(out)));
     if let Some(qmp_socket) = args.qmp {
         let options = QemuOptions { pid: args.pid, ..QemuOptions::new(qmp_socket) };
@@ -146,6 +153,24 @@ pub fn run(args: Args) -> Result<(), Failure> {
         )),
         None => Ok(()),
     }
+}
+
+/// What livesnaps that were killed have left behind, or what became of putting it back.
+fn leftovers(state_dir: &Path, repair: bool) -> Vec<Finding> {
+    let subject = "throttle";
+    let remedy = "run `livesnap doctor --repair`";
+    let found = if repair { actuator::repair(state_dir) } else { actuator::leftovers(state_dir) };
+    let findings = found.into_iter().map(|leftover| match leftover {
+        Ok(_) if repair => Finding::ok(subject, actuator::in_words(&leftover)),
+        Ok(journal) => {
+            let path = journal.path().display();
+            let found =
+                format!("a livesnap that was killed has left virtual CPUs slowed down: {path}");
+            Finding::degraded(subject, found, remedy)
+        }
+        Err(error) => Finding::degraded(subject, error.to_string(), remedy),
+    });
+    findings.collect()
 }
 
 fn virtual_machine(survey: &Survey) -> Vec<Finding> {

@@ -1,0 +1,248 @@
+//! The virtual CPUs' share of CPU time, by quotas of the cpu controller.
+//!
+//! Each virtual CPU's thread has a group of its own: the one it is in if nobody else is in there, as libvirt makes them
+//! (`.../libvirt/vcpu0`), and otherwise one that is made below it, so that what limits the VM goes on limiting it. All
+//! other threads of the VMM, and all of ours, stay where they are: the main loop and the I/O threads serve the disks
+//! and QMP, and must not be held up.
+//!
+//! Nothing is changed before the first share below 1.
+
+use std::path::{Path, PathBuf};
+
+use rustix::process::Pid;
+
+use super::journal::{Change, Journal, JournalError};
+use crate::cgroup::{CgroupError, Group, Quota, Statistics};
+
+/// Least share that can be put into force: the kernel's least quota in the longest period used.
+pub const SHARE_MIN: f64 = 0.1;
+/// Least quota, in microseconds (`min_cfs_quota_period` in the kernel).
+const QUOTA_US_MIN: f64 = 1_000.0;
+/// Length of a period in microseconds. A virtual CPU stands still for the rest of it at a stretch: the shorter the
+/// better.
+const PERIOD_US: u32 = 5_000;
+/// The same for shares of which that one would be too short.
+const PERIOD_US_LONG: u32 = 10_000;
+
+/// Why virtual CPUs cannot be throttled.
+#[derive(Debug, thiserror::Error)]
+pub enum ThrottleError {
+    /// A group.
+    #[error("cannot throttle the virtual CPUs: {0}")]
+    Cgroup(#[from] CgroupError),
+    /// The journal.
+    #[error("cannot throttle the virtual CPUs: {0}")]
+    Journal(#[from] JournalError),
+}
+
+struct Vcpu {
+    thread: i32,
+    /// Where its quota is set.
+    group: Group,
+    /// Where it was; nothing if it had a group of its own.
+    moved_from: Option<Group>,
+    /// The group's own quota.
+    found: Quota,
+    /// Statistics of the group then.
+    at_first: Statistics,
+    in_force: Quota,
+}
+
+/// The throttle of one VMM's virtual CPUs. Dropping it puts everything back.
+pub struct Throttle {
+    state_dir: PathBuf,
+    pid: i32,
+    vcpus: Vec<Vcpu>,
+    /// Exists while anything is changed.
+    journal: Option<Journal>,
+}
+
+impl Throttle {
+    /// Looks where the virtual CPUs `threads` of process `pid` are. Nothing is changed yet.
+    ///
+    /// # Errors
+    /// If there is no cpu controller for them.
+    pub fn find(state_dir: &Path, pid: Pid, threads: &[Pid]) -> Result<Self, ThrottleError> {
+        let pid = pid.as_raw_nonzero().get();
+        let vcpus = threads.iter().map(|thread| Vcpu::find(pid, thread.as_raw_nonzero().get()));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        Ok(Self { state_dir: state_dir.into(), pid, vcpus, journal: None })
+    }
+
+    /// Leaves each virtual CPU its share of the CPU time that it would have, [`SHARE_MIN`] to 1.
+    ///
+    /// # Errors
+    /// If that is not possible; what was changed is then put back.
+    pub fn set(&mut self, shares: &[f64]) -> Result<(), ThrottleError> {
+        if self.journal.is_none() {
+            if shares.iter().all(|&share| share >= 1.0) {
+                return Ok(());
+            }
+            self.prepare()?;
+        }
+        let set = self.vcpus.iter_mut().zip(shares).try_for_each(|(vcpu, &share)| vcpu.set(share));
+        match set {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.restore()?;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// For how long virtual CPUs wanted to run and their quota forbade it, all together since the first change, in
+    /// nanoseconds.
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub fn withheld_ns(&self) -> Result<u64, ThrottleError> {
+        if self.journal.is_none() {
+            return Ok(0);
+        }
+        let withheld = self.vcpus.iter().map(Vcpu::withheld_ns);
+        Ok(withheld.sum::<Result<_, _>>()?)
+    }
+
+    /// Puts everything back as it was found.
+    ///
+    /// # Errors
+    /// If some of it could not be; the journal then remains for the next livesnap.
+    pub fn restore(&mut self) -> Result<(), ThrottleError> {
+        match self.journal.take() {
+            Some(journal) => Ok(journal.undo()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Journals, makes groups, moves threads.
+    fn prepare(&mut self) -> Result<(), ThrottleError> {
+        let changes = self.changes()?;
+        self.journal = Some(Journal::write(&self.state_dir, self.pid, changes.clone())?);
+        if let Err(error) = self.make(&changes) {
+            self.restore()?;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    fn changes(&self) -> Result<Vec<Change>, CgroupError> {
+        let mut changes = Vec::new();
+        for vcpu in &self.vcpus {
+            let Some(from) = vcpu.moved_from.clone() else {
+                changes.push(Change::Quota { group: vcpu.group.clone(), found: vcpu.found });
+                continue;
+            };
+            let lent = Change::LentCpu { group: from.clone() };
+            if !from.lends_cpu()? && !changes.contains(&lent) {
+                changes.push(lent);
+            }
+            changes.push(Change::Moved { from, to: vcpu.group.clone() });
+        }
+        Ok(changes)
+    }
+
+    fn make(&mut self, changes: &[Change]) -> Result<(), CgroupError> {
+        for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.moved_from.is_some()) {
+            vcpu.group.create()?;
+        }
+        for change in changes {
+            if let Change::LentCpu { group } = change {
+                group.lend_cpu(true)?;
+            }
+        }
+        for vcpu in &mut self.vcpus {
+            if vcpu.moved_from.is_some() {
+                vcpu.found = vcpu.group.quota()?;
+                vcpu.group.add_thread(vcpu.thread)?;
+            }
+            vcpu.in_force = vcpu.found;
+            vcpu.at_first = vcpu.group.statistics()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        if let Err(error) = self.restore() {
+            tracing::error!(%error, "the virtual CPUs could not be given back their CPU time");
+        }
+    }
+}
+
+impl Vcpu {
+    fn find(pid: i32, thread: i32) -> Result<Self, CgroupError> {
+        let at = Group::of_thread(thread)?;
+        let unlimited = Quota { quota_us: None, period_us: PERIOD_US.into() };
+        let (group, moved_from, found) = if at.threads()? == [thread] {
+            let found = at.quota()?;
+            (at, None, found)
+        } else {
+            (at.child(&format!("livesnap-{pid}-{thread}")), Some(at), unlimited)
+        };
+        let at_first = Statistics::default();
+        Ok(Self { thread, group, moved_from, found, at_first, in_force: found })
+    }
+
+    fn set(&mut self, share: f64) -> Result<(), CgroupError> {
+        let wanted = quota(share, self.found);
+        if wanted != self.in_force {
+            self.group.set_quota(wanted)?;
+            self.in_force = wanted;
+        }
+        Ok(())
+    }
+
+    fn withheld_ns(&self) -> Result<u64, CgroupError> {
+        let now = self.group.statistics()?;
+        Ok(now.withheld_ns.saturating_sub(self.at_first.withheld_ns))
+    }
+}
+
+/// The quota that leaves one thread `share` of what it has by the quota `found`.
+fn quota(share: f64, found: Quota) -> Quota {
+    if share >= 1.0 {
+        return found;
+    }
+    let share = share.max(SHARE_MIN);
+    let most = found.quota_us.map_or(1.0, |us| as_number(us) / as_number(found.period_us)).min(1.0);
+    let is_short = share * most * f64::from(PERIOD_US) < QUOTA_US_MIN;
+    let period_us = if is_short { PERIOD_US_LONG } else { PERIOD_US };
+    let quota_us = (share * most * f64::from(period_us)).max(QUOTA_US_MIN).round();
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1000 to 10000")]
+    let quota_us = quota_us as u64;
+    Quota { quota_us: Some(quota_us), period_us: period_us.into() }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "microseconds in a period: at most a million")]
+const fn as_number(us: u64) -> f64 {
+    us as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FREE: Quota = Quota { quota_us: None, period_us: 100_000 };
+
+    fn limited(quota_us: u64, period_us: u64) -> Quota {
+        Quota { quota_us: Some(quota_us), period_us }
+    }
+
+    #[test]
+    fn a_share_is_a_quota_in_a_short_period() {
+        assert_eq!(quota(1.0, FREE), FREE);
+        assert_eq!(quota(0.5, FREE), limited(2_500, 5_000));
+        assert_eq!(quota(0.2, FREE), limited(1_000, 5_000));
+        assert_eq!(quota(0.15, FREE), limited(1_500, 10_000), "a quota has at least a millisecond");
+        assert_eq!(quota(0.0, FREE), limited(1_000, 10_000), "the guest goes on");
+    }
+
+    #[test]
+    fn a_share_is_of_what_there_was() {
+        let half = limited(50_000, 100_000);
+        assert_eq!(quota(1.0, half), half);
+        assert_eq!(quota(0.5, half), limited(1_250, 5_000));
+        assert_eq!(quota(0.5, limited(400_000, 100_000)), limited(2_500, 5_000), "of one CPU");
+    }
+}

@@ -1,0 +1,357 @@
+//! The loop that keeps a snapshot within the operator's limits, while the guest's memory is saved.
+//!
+//! ```text
+//!   Progress ─┐                                         ┌─▶ throttle        share of each virtual CPU
+//!   stalls   ─┼─▶ Sample ─▶ Controller::step ─▶ Command ┼─▶ BufferLimit     bound of the copy buffer
+//!   cpu.stat ─┤   (livesnap-control)            │       └─▶ Cancel::abort   with forecast and evidence
+//!   meminfo  ─┘                                 ▼
+//!                                        record, account, progress bar
+//! ```
+//!
+//! It runs on the session's thread, called with each [`Progress`], about twenty times a second; no thread that serves faults
+//! waits for it. It begins to act when the guest runs again after the consistency point, and gives everything back as soon as
+//! all memory is saved, whatever comes then.
+
+mod account;
+mod policy;
+mod record;
+
+use std::time::{Duration, Instant};
+
+use livesnap_control::{Command, Controller, Host, Policy, Sample, Stall};
+use procfs::Current as _;
+use serde_json::{Value, json};
+use snapshot_core::vmm::Vmm as _;
+use snapshot_core::vmm::qemu::QemuVmm;
+use snapshot_core::{Abort, BufferLimit, Cancel, Phase, Progress, Reason};
+
+use crate::Failure;
+use crate::actuator::Throttle;
+use crate::probes::SnapshotProbes;
+use crate::scheduling::Threads;
+
+use account::{Account, abort_in_words, percent, whole};
+pub use policy::{PolicyArgs, Rule, StateArgs};
+use record::{Recorder, Tick};
+
+/// Progress that comes sooner than this after the last decision brings nothing new.
+const TICK_MIN: Duration = Duration::from_millis(25);
+
+/// The loop of one snapshot.
+pub enum ControlLoop {
+    /// Nobody wants it.
+    Off,
+    /// It acts.
+    On(Box<Acting>),
+}
+
+/// A loop that acts.
+pub struct Acting {
+    law: Law,
+    /// Nothing if the guest's CPU time cannot be touched; the account says why.
+    throttle: Option<Throttle>,
+    vcpus: Threads,
+    /// Their ids, by which first touches are told.
+    vcpu_ids: Vec<u32>,
+    /// Bytes saved because of each one's writes.
+    touched_bytes: Vec<u64>,
+    /// The share of each virtual CPU that was asked for last.
+    shares: Vec<f64>,
+    buffer_limit: BufferLimit,
+    cancel: Cancel,
+    recorder: Option<Recorder>,
+    began: Instant,
+    last: Option<Last>,
+    is_over: bool,
+    account: Account,
+}
+
+/// Who decides.
+enum Law {
+    Fixed(f64),
+    Adaptive { controller: Box<Controller>, policy: Policy },
+}
+
+/// What there was at the last decision.
+struct Last {
+    at: Instant,
+    withheld_ns: u64,
+    stall: Option<Stall>,
+}
+
+impl ControlLoop {
+    /// A loop for `vmm` by the rule in `args`, which moves `buffer_limit` and ends the session by `cancel`.
+    ///
+    /// # Errors
+    /// If the limits make no sense, or the record cannot be written. That the guest's CPU time cannot be touched is no
+    /// error but part of the account.
+    pub fn new(
+        args: &PolicyArgs,
+        buffer_bytes: u64,
+        vmm: &mut QemuVmm,
+        buffer_limit: &BufferLimit,
+        cancel: &Cancel,
+    ) -> Result<Self, Failure> {
+        let rule = args.rule(buffer_bytes);
+        if rule == Rule::None {
+            return Ok(Self::Off);
+        }
+        let threads = vmm.cpu_threads().map_err(|error| Failure::refused(error.reason(), error))?;
+        let law = match rule {
+            Rule::Limits(policy) => {
+                let controller = Controller::new(policy, threads.len())
+                    .map_err(|error| Failure::refused(Reason::BadArgument, error))?;
+                Law::Adaptive { controller: Box::new(controller), policy }
+            }
+            Rule::Fixed(share) => Law::Fixed(share),
+            Rule::None => return Ok(Self::Off),
+        };
+        let recorder = match (&law, args.record()) {
+            (Law::Adaptive { policy, .. }, Some(path)) => {
+                let created = Recorder::create(path, *policy, threads.len());
+                Some(created.map_err(|error| {
+                    let text = format!("cannot write the record {}: {error}", path.display());
+                    Failure::refused(Reason::BadArgument, text)
+                })?)
+            }
+            _ => None,
+        };
+        let mut account = Account::default();
+        let throttle = match Throttle::find(&args.state.directory(), vmm.pid(), &threads) {
+            Ok(throttle) => Some(throttle),
+            Err(error) => {
+                account.problem = Some(error.to_string());
+                None
+            }
+        };
+        Ok(Self::On(Box::new(Acting {
+            law,
+            throttle,
+            vcpus: Threads::new(vmm.pid(), &threads),
+            vcpu_ids: threads.iter().map(|thread| thread.as_raw_pid().unsigned_abs()).collect(),
+            touched_bytes: vec![0; threads.len()],
+            shares: vec![1.0; threads.len()],
+            buffer_limit: buffer_limit.clone(),
+            cancel: cancel.clone(),
+            recorder,
+            began: Instant::now(),
+            last: None,
+            is_over: false,
+            account,
+        })))
+    }
+
+    /// Decides and acts.
+    pub fn observe(&mut self, progress: &Progress, probes: &SnapshotProbes) {
+        let Self::On(acting) = self else { return };
+        if progress.phase == Phase::Copying {
+            acting.tick(progress, probes);
+        } else if progress.phase > Phase::Copying {
+            acting.give_back();
+        }
+    }
+
+    /// For the progress bar.
+    pub fn in_brief(&self) -> String {
+        match self {
+            Self::Off => String::new(),
+            Self::On(acting) => acting.in_brief(),
+        }
+    }
+
+    /// For programs.
+    pub fn json(&self) -> Value {
+        match self {
+            Self::Off => Value::Null,
+            Self::On(acting) => json!(acting.account),
+        }
+    }
+
+    /// For people.
+    pub fn row(&self) -> Option<(&'static str, String)> {
+        match self {
+            Self::Off => None,
+            Self::On(acting) => Some(("control", acting.account.in_words())),
+        }
+    }
+}
+
+impl Acting {
+    fn tick(&mut self, progress: &Progress, probes: &SnapshotProbes) {
+        let now = Instant::now();
+        let elapsed = self.last.as_ref().map(|last| now - last.at);
+        if self.is_over || elapsed.is_some_and(|elapsed| elapsed < TICK_MIN) {
+            return;
+        }
+        let elapsed = elapsed.unwrap_or_default();
+        self.account.count(nanos(elapsed), self.cpu_ratio());
+        self.account.note_limit(progress.buffer_limit_bytes);
+        let cpu_ratio = self.measure_cpu_ratio();
+        match &mut self.law {
+            Law::Fixed(share) => {
+                let share = *share;
+                self.shares.fill(share);
+                self.last.get_or_insert(Last { at: now, withheld_ns: 0, stall: None });
+            }
+            Law::Adaptive { controller, policy } => {
+                let total = probes.stalls_over(policy.fault_stall_max_ns);
+                let before = self.last.as_ref().and_then(|last| last.stall);
+                let sample = Sample {
+                    taken_ns: nanos(now - self.began),
+                    age_ns: nanos(now.elapsed()),
+                    total_bytes: progress.total_bytes,
+                    saved_bytes: progress.saved_bytes,
+                    touched_bytes: progress.fault_bytes,
+                    drained_bytes: progress.drained_bytes,
+                    buffer_used_bytes: progress.buffer_used_bytes,
+                    buffer_limit_bytes: progress.buffer_limit_bytes,
+                    // What writes lose that wait for room is in no account of the kernel's: the core estimates it.
+                    cpu_ratio: (!is_full(progress)).then_some(cpu_ratio),
+                    stall: total.map(|total| since(total, before.unwrap_or_default())),
+                    host: host(),
+                };
+                let dt_s = if elapsed.is_zero() {
+                    livesnap_control::TICK_S
+                } else {
+                    elapsed.as_secs_f64()
+                };
+                for (id, bytes) in self.vcpu_ids.iter().zip(&mut self.touched_bytes) {
+                    let mut touches = progress.first_touches.iter();
+                    *bytes =
+                        touches.find(|touch| touch.thread == *id).map_or(0, |touch| touch.bytes);
+                }
+                let touched_bytes = &self.touched_bytes;
+                let command = controller.step(Some(&sample), touched_bytes, dt_s);
+                self.shares.copy_from_slice(controller.vcpu_shares());
+                if let Some(recorder) = &mut self.recorder {
+                    let shares = &self.shares;
+                    let (sample, vcpu_touched_bytes) = (Some(sample), &touched_bytes[..]);
+                    recorder.tick(&Tick { dt_s, sample, vcpu_touched_bytes, command, shares });
+                }
+                let least = policy.min_cpu_ratio;
+                self.last.get_or_insert(Last { at: now, withheld_ns: 0, stall: None }).stall =
+                    total;
+                self.follow(&command, least);
+            }
+        }
+        if let Some(last) = &mut self.last {
+            last.at = now;
+        }
+        self.account.decisions += 1;
+        self.throttle();
+    }
+
+    /// Buffer and abort, as commanded.
+    fn follow(&mut self, command: &Command, min_cpu_ratio: f64) {
+        self.account.forecast = Some(command.forecast);
+        if command.buffer_limit_bytes > 0 {
+            self.buffer_limit.set_bytes(command.buffer_limit_bytes);
+        }
+        if let Some(abort) = command.abort {
+            self.account.abort = Some(abort);
+            let text = abort_in_words(&abort, command, min_cpu_ratio);
+            self.cancel.abort(Abort { reason: account::reason(abort.reason), text });
+        }
+    }
+
+    /// Puts the shares into force. If that fails the snapshot goes on without.
+    fn throttle(&mut self) {
+        let Some(throttle) = &mut self.throttle else { return };
+        if let Err(error) = throttle.set(&self.shares) {
+            self.account.problem = Some(error.to_string());
+            self.throttle = None;
+        }
+    }
+
+    /// The share in force, on an average over virtual CPUs.
+    fn cpu_ratio(&self) -> f64 {
+        match &self.throttle {
+            Some(_) if !self.shares.is_empty() => {
+                self.shares.iter().sum::<f64>() / count(self.shares.len())
+            }
+            _ => 1.0,
+        }
+    }
+
+    /// The share of what they wanted that virtual CPUs really got since the last tick.
+    fn measure_cpu_ratio(&mut self) -> f64 {
+        let used_ns: u64 = self.vcpus.take().iter().map(|thread| thread.account.run_ns).sum();
+        let Some(Ok(withheld_ns)) = self.throttle.as_ref().map(Throttle::withheld_ns) else {
+            return self.cpu_ratio();
+        };
+        let before = self.last.as_ref().map_or(0, |last| last.withheld_ns);
+        let withheld_now_ns = withheld_ns.saturating_sub(before);
+        self.account.withheld_ns = self.account.withheld_ns.max(withheld_ns);
+        if let Some(last) = &mut self.last {
+            last.withheld_ns = withheld_ns;
+        }
+        let used = Duration::from_nanos(used_ns).as_secs_f64();
+        let wanted = used + Duration::from_nanos(withheld_now_ns).as_secs_f64();
+        if wanted > 0.0 { used / wanted } else { self.cpu_ratio() }
+    }
+
+    /// The end: all is put back, and the record is complete.
+    fn give_back(&mut self) {
+        if std::mem::replace(&mut self.is_over, true) {
+            return;
+        }
+        if let Some(last) = &self.last {
+            let elapsed = last.at.elapsed();
+            self.account.count(nanos(elapsed), self.cpu_ratio());
+            self.measure_cpu_ratio();
+        }
+        if let Some(mut throttle) = self.throttle.take()
+            && let Err(error) = throttle.restore()
+        {
+            let text = format!("{error}; `livesnap doctor --repair` tries again");
+            self.account.problem = Some(text);
+        }
+        if let Some(Err((path, error))) = self.recorder.take().map(Recorder::end) {
+            let text = format!("the record {} is not complete: {error}", path.display());
+            self.account.problem.get_or_insert(text);
+        }
+    }
+
+    fn in_brief(&self) -> String {
+        let mut text = format!("  guest CPU {}", percent(self.cpu_ratio()));
+        if let Some(forecast) = &self.account.forecast {
+            let peak = crate::output::bytes(whole(forecast.peak_buffer_bytes));
+            text.push_str(&format!("  forecast {peak} of buffer"));
+            if let Some(seconds) = forecast.completion_after_s {
+                text.push_str(&format!(", {seconds:.0} s"));
+            }
+        }
+        text
+    }
+}
+
+/// Whether writes wait for room, or for being captured page by page because there is hardly any.
+const fn is_full(progress: &Progress) -> bool {
+    progress.buffer_used_bytes >= progress.buffer_limit_bytes / 10 * 9
+}
+
+/// What came after `before`.
+const fn since(now: Stall, before: Stall) -> Stall {
+    Stall {
+        faults: now.faults.saturating_sub(before.faults),
+        over_limit: now.over_limit.saturating_sub(before.over_limit),
+        lost_events: now.lost_events.saturating_sub(before.lost_events),
+    }
+}
+
+/// The host's memory; nothing where the kernel does not tell how much there is.
+fn host() -> Option<Host> {
+    let available_bytes = procfs::Meminfo::current().ok()?.mem_available?;
+    // Kernels without pressure information have none to tell.
+    let pressure = procfs::MemoryPressure::current().map_or(0.0, |memory| memory.some.avg10);
+    Some(Host { available_bytes, memory_pressure_ratio: f64::from(pressure) / 100.0 })
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "virtual CPUs are counted by thousands at most")]
+const fn count(number: usize) -> f64 {
+    number as f64
+}

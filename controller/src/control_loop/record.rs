@@ -1,0 +1,73 @@
+//! A run as it can be put through the control core again: `cargo xtask sim --replay FILE`.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use livesnap_control::{Command, Policy, Sample};
+use serde::Serialize;
+
+/// The first line.
+#[derive(Serialize)]
+struct Head {
+    policy: Policy,
+    vcpus: usize,
+}
+
+/// Each further line.
+#[derive(Serialize)]
+pub struct Tick<'a> {
+    /// Length of the tick in seconds.
+    pub dt_s: f64,
+    /// What was seen.
+    pub sample: Option<Sample>,
+    /// First touches by each virtual CPU, in bytes.
+    pub vcpu_touched_bytes: &'a [u64],
+    /// What was commanded.
+    pub command: Command,
+    /// The share of each virtual CPU.
+    pub shares: &'a [f64],
+}
+
+/// A record being written. The first error ends it and is kept: no snapshot fails for want of its record.
+pub struct Recorder {
+    path: PathBuf,
+    file: BufWriter<File>,
+    error: Option<io::Error>,
+}
+
+impl Recorder {
+    /// Begins a record at `path`, in place of what may be there.
+    ///
+    /// # Errors
+    /// If the file cannot be made.
+    pub fn create(path: &Path, policy: Policy, vcpus: usize) -> io::Result<Self> {
+        let file = BufWriter::new(File::create(path)?);
+        let mut recorder = Self { path: path.into(), file, error: None };
+        recorder.line(&Head { policy, vcpus });
+        Ok(recorder)
+    }
+
+    /// Adds a decision.
+    pub fn tick(&mut self, tick: &Tick<'_>) {
+        self.line(tick);
+    }
+
+    /// Completes the record.
+    ///
+    /// # Errors
+    /// The path, and the first error of all.
+    pub fn end(mut self) -> Result<(), (PathBuf, io::Error)> {
+        match self.error.take().or_else(|| self.file.flush().err()) {
+            Some(error) => Err((self.path, error)),
+            None => Ok(()),
+        }
+    }
+
+    fn line(&mut self, value: &impl Serialize) {
+        if self.error.is_none() {
+            let written = serde_json::to_writer(&mut self.file, value).map_err(io::Error::from);
+            self.error = written.and_then(|()| self.file.write_all(b"\n")).err();
+        }
+    }
+}

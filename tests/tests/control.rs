@@ -1,0 +1,206 @@
+//! The limits of a snapshot, kept on a real QEMU: the virtual CPUs' share of CPU time, that it is given back whatever
+//! happens, and when a snapshot is given up.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use livesnap_tests::check::check_files;
+use livesnap_tests::livesnap::{Running, snapshot, snapshot_command};
+use livesnap_tests::qemu::{Builder, Load, Qemu};
+use livesnap_tests::slow_disk::SlowDisk;
+use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
+use rustix::process::Signal;
+use serde_json::json;
+
+const BOOT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(60);
+/// Slow enough that a snapshot is still at it when the test has looked.
+const CRAWL: u64 = 2 << 20;
+
+fn boot(builder: &Builder) -> Qemu {
+    let mut qemu = builder.start().unwrap();
+    qemu.wait_ready(BOOT).unwrap();
+    qemu
+}
+
+/// Threads that run virtual CPUs.
+fn vcpus(qemu: &mut Qemu) -> Vec<i64> {
+    let cpus = qemu.qmp("query-cpus-fast", json!({})).unwrap();
+    cpus.as_array().unwrap().iter().map(|cpu| cpu["thread-id"].as_i64().unwrap()).collect()
+}
+
+/// The cgroups of all of QEMU's threads, by thread.
+fn cgroups(qemu: &Qemu) -> BTreeMap<i64, String> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", qemu.pid())).unwrap();
+    let cgroup = |path: &Path| fs::read_to_string(path.join("cgroup")).ok();
+    tasks
+        .filter_map(|task| {
+            let path = task.unwrap().path();
+            Some((path.file_name()?.to_str()?.parse().ok()?, cgroup(&path)?))
+        })
+        .collect()
+}
+
+fn is_ours(cgroup: &str) -> bool {
+    cgroup.contains("/livesnap-")
+}
+
+/// Waits until the virtual CPUs, and they alone, are in groups of their own.
+fn wait_throttled(qemu: &mut Qemu) {
+    let vcpus = vcpus(qemu);
+    poll_until("virtual CPUs are throttled", LIMIT, || {
+        let cgroups = cgroups(qemu);
+        Ok(vcpus.iter().all(|thread| is_ours(&cgroups[thread])).then_some(()))
+    })
+    .unwrap();
+    for (thread, cgroup) in cgroups(qemu) {
+        assert_eq!(is_ours(&cgroup), vcpus.contains(&thread), "{thread}: {cgroup}");
+    }
+}
+
+/// Waits until nothing is left of a throttle, and checks that the guest works.
+fn wait_given_back(qemu: &mut Qemu, state_dir: &Path) {
+    poll_until("all is given back", LIMIT, || {
+        let is_left = cgroups(qemu).values().any(|cgroup| is_ours(cgroup));
+        let journals = fs::read_dir(state_dir).map_or(0, Iterator::count);
+        Ok((!is_left && journals == 0).then_some(()))
+    })
+    .unwrap();
+    assert_eq!(qemu.status().unwrap(), "running");
+    qemu.wait_laps(1, BOOT).unwrap();
+}
+
+/// How a snapshot ends that throttles a guest.
+#[derive(Clone, Copy, Debug)]
+enum Ending {
+    Completed,
+    Interrupted,
+    Killed,
+    KilledWithItsGuard,
+}
+
+#[test]
+fn cpu_time_is_given_back_however_a_snapshot_ends() {
+    if !is_root_or_skip("cgroups").unwrap() {
+        return;
+    }
+    let mut qemu = boot(&Qemu::builder().vcpus(2));
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state_dir = dir.path().join("state");
+    let state = state_dir.to_str().unwrap();
+    let endings =
+        [Ending::Completed, Ending::Interrupted, Ending::Killed, Ending::KilledWithItsGuard];
+    for ending in endings {
+        eprintln!("{ending:?}");
+        let slow = SlowDisk::new(dir.path(), CRAWL).unwrap();
+        let out = dir.path().join(format!("{ending:?}"));
+        let arguments = ["--fixed-cpu=30%", "--state-dir", state];
+        let command = snapshot_command(&qemu, &out, &arguments).unwrap();
+        let mut running = Running::start(slow.command(&command)).unwrap();
+        running.reach("copying").unwrap();
+        wait_throttled(&mut qemu);
+        match ending {
+            Ending::Completed => slow.lift().unwrap(),
+            Ending::Interrupted => running.signal(Signal::TERM).unwrap(),
+            Ending::Killed => running.signal(Signal::KILL).unwrap(),
+            Ending::KilledWithItsGuard => running.kill_with_guard().unwrap(),
+        }
+        let ended = running.wait().unwrap();
+        match ending {
+            Ending::Completed => {
+                let told = ended.told().unwrap();
+                assert!(told["control"]["withheld_ns"].as_u64().unwrap() > 0, "{told:#}");
+                check_files(&out.join("ram.mapped-ram"), None).unwrap();
+            }
+            Ending::Interrupted => assert_eq!(ended.status.code(), Some(130), "{}", ended.log),
+            Ending::Killed => {}
+            Ending::KilledWithItsGuard => {
+                wait_throttled(&mut qemu);
+                let look = |more: &[&str]| {
+                    let mut doctor = livesnap::command(["doctor", "--json"]).unwrap();
+                    doctor.args(["--state-dir", state]).args(more);
+                    let told = livesnap::json(&doctor.output().unwrap()).unwrap();
+                    let findings = told["findings"].as_array().unwrap().clone();
+                    findings.into_iter().find(|found| found["subject"] == "throttle").unwrap()
+                };
+                assert_eq!(look(&[])["verdict"], "degraded");
+                assert_eq!(look(&["--repair"])["verdict"], "ok");
+            }
+        }
+        wait_given_back(&mut qemu, &state_dir);
+    }
+    // And a snapshot that needs no throttle changes nothing, not even for a while.
+    let before = cgroups(&qemu);
+    let told = snapshot(&qemu, &dir.path().join("last"), &["--fixed-cpu=100%"]).unwrap();
+    assert_eq!(told["control"]["throttled_ns"], 0, "{told:#}");
+    let vcpus = vcpus(&mut qemu);
+    assert!(vcpus.iter().all(|thread| cgroups(&qemu)[thread] == before[thread]));
+}
+
+/// A guest that overwrites more memory than the smallest buffer holds, without rest.
+fn busy_guest() -> Qemu {
+    let load = Load { ring_mib: 192, workers: 2, random: true, ..Load::default() };
+    boot(&Qemu::builder().memory_mib(384).vcpus(2).load(load))
+}
+
+#[test]
+fn a_snapshot_that_cannot_keep_its_limits_is_given_up_early() {
+    if !is_root_or_skip("cgroups").unwrap() {
+        return;
+    }
+    let mut qemu = busy_guest();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state_dir = dir.path().join("state");
+    let slow = SlowDisk::new(dir.path(), CRAWL).unwrap();
+    let out = dir.path().join("snapshot");
+    let record = dir.path().join("record");
+    let mut command = snapshot_command(&qemu, &out, &["--buffer=64MiB", "--min-cpu=90%"]).unwrap();
+    command.args(["--on-infeasible=abort", "--stall-limit=1m"]);
+    command.arg("--state-dir").arg(&state_dir).arg("--record").arg(&record);
+    let began = Instant::now();
+    let ended = Running::start(slow.command(&command)).unwrap().wait().unwrap();
+    let told = ended.told().unwrap();
+    // A guest that is fast enough fills the buffer before anybody can forecast it.
+    let reason = ["buffer_forecast", "cpu_floor"].into_iter().find(|word| told["reason"] == *word);
+    let reason = reason.unwrap_or_else(|| panic!("{told:#}"));
+    ended.expect_failure(4, reason, &["90 %", "64.0 MiB", "--min-cpu"]).unwrap();
+    // All of it would have taken minutes.
+    assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+    assert_eq!(told["outcome"], "aborted");
+    assert!(told["control"]["abort"]["evidence_s"].is_number(), "{told:#}");
+    assert!(!out.exists());
+    wait_given_back(&mut qemu, &state_dir);
+
+    let record = fs::read_to_string(&record).unwrap();
+    let decisions = livesnap_sim::record::replay(record.as_bytes()).unwrap();
+    assert_eq!(told["control"]["decisions"], decisions, "{told:#}");
+    let last: serde_json::Value = serde_json::from_str(record.lines().last().unwrap()).unwrap();
+    assert_eq!(last["command"]["because"], "abort", "{last:#}");
+}
+
+#[test]
+fn a_slow_destination_slows_the_guest_down_instead_of_failing() {
+    if !is_root_or_skip("cgroups").unwrap() {
+        return;
+    }
+    let mut qemu = busy_guest();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state_dir = dir.path().join("state");
+    let slow = SlowDisk::new(dir.path(), 16 << 20).unwrap();
+    let out = dir.path().join("snapshot");
+    let mut command = snapshot_command(&qemu, &out, &["--buffer=64MiB", "--min-cpu=10%"]).unwrap();
+    command.arg("--state-dir").arg(&state_dir);
+    let ended = Running::start(slow.command(&command)).unwrap().wait().unwrap();
+    let told = ended.told().unwrap();
+    assert_eq!(told["outcome"], "completed", "{told:#}\n{}", ended.log);
+    let number = |pointer: &str| told.pointer(pointer).unwrap().as_f64().unwrap();
+    assert!(number("/control/cpu_ratio_min") < 1.0, "{told:#}");
+    assert!(number("/control/withheld_ns") > 0.0, "{told:#}");
+    assert!(number("/report/buffer_peak_bytes") <= f64::from(64 << 20), "{told:#}");
+    check_files(&out.join("ram.mapped-ram"), None).unwrap();
+    wait_given_back(&mut qemu, &state_dir);
+}
