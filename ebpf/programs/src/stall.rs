@@ -13,8 +13,8 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::PerfEventContext;
 use livesnap_ebpf_common::{
-    HISTOGRAMS_MAX, Histogram, HistogramKey, KIND_SERVED, KIND_WAITED, Kind, Mode, RANGES_MAX, STARTS_MAX,
-    Start, class_of, counter,
+    HISTOGRAMS_MAX, Histogram, HistogramKey, KIND_SERVED, KIND_WAITED, Kind, Mode, RANGES_MAX,
+    STARTS_MAX, Start, class_of, counter,
 };
 
 /// Bits of the error code of an x86 page fault: the page is present, and was written to.
