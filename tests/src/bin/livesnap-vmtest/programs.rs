@@ -118,9 +118,11 @@ mod tests {
         let controller = "path+file:///src/controller#livesnap@0.1.0";
         let mut told = artifact(core, "snapshot_core", true, "/t/snapshot_core-1")
             + &artifact(core, "own_memory", true, "/t/own_memory-1")
-            + &artifact("path+file:///src/ebpf#livesnap-ebpf@0.1.0", "stalls", true, "/t/stalls-1")
             + &artifact(controller, "livesnap", true, "/t/livesnap-1")
             + &artifact(controller, "livesnap", false, "/t/livesnap");
+        for probes in ["stalls", "tiers", "kinds", "refusals"] {
+            told += &artifact("path+file:///src/ebpf#livesnap-ebpf@0.1.0", probes, true, "/t/ebpf");
+        }
         assert!(format!("{:#}", find(&told).err().unwrap()).contains("livesnap/demo"));
         told += &artifact(controller, "demo", true, "/t/demo-1");
         let programs = find(&told).unwrap();
