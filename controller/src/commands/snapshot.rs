@@ -53,7 +53,8 @@ pub struct Args {
     /// QEMU's process id, where another process (such as libvirt) made the socket
     #[arg(long, value_parser = parse_pid)]
     pid: Option<Pid>,
-    /// Bound of the copy buffer [default: a tenth of available memory, at most 1GiB]
+    /// Bound of the copy buffer; below 64MiB nothing is forecast, as with --no-control [default: a tenth of available
+    /// memory, at most 1GiB]
     #[arg(long, value_name = "SIZE")]
     buffer: Option<ByteSize>,
     /// Longest pause; beyond it the guest is continued and the snapshot fails

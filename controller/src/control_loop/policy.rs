@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use livesnap_control::policy::BUFFER_BYTES_MIN;
 use livesnap_control::{OnInfeasible, Policy};
 
 use crate::actuator::{self, SHARE_MIN};
@@ -78,6 +79,8 @@ impl PolicyArgs {
         match self.fixed_cpu {
             _ if self.no_control => Rule::None,
             Some(share) => Rule::Fixed(share),
+            // Too little to forecast anything by: writes that find no room wait.
+            None if buffer_bytes < BUFFER_BYTES_MIN => Rule::None,
             None => Rule::Limits(Policy {
                 buffer_bytes_max: buffer_bytes,
                 fault_stall_max_ns: nanos(self.stall_limit),
@@ -116,6 +119,18 @@ fn parse_share(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_small_buffer_is_left_to_the_engine() {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            policy: PolicyArgs,
+        }
+        let Cli { policy } = clap::Parser::parse_from(["livesnap"]);
+        assert_eq!(policy.rule(BUFFER_BYTES_MIN - 1), Rule::None);
+        assert!(matches!(policy.rule(BUFFER_BYTES_MIN), Rule::Limits(_)));
+    }
 
     #[test]
     fn shares_are_read_as_people_write_them() {
