@@ -25,7 +25,7 @@ use crate::btf::Types;
 use crate::device::{DeviceError, Disk};
 use crate::objects;
 use crate::reading::Histogram;
-use crate::tier::{BTF, Cause, program, refused_attach, refused_load};
+use crate::tier::{BTF, Cause, Refusal, first_of, join, program, refused_attach, refused_load};
 
 /// The programs, each named as its tracepoint, in the order in which they are attached: completions first, for a request
 /// that is seen to be issued must also be seen to complete.
@@ -71,17 +71,6 @@ impl fmt::Display for Tier {
     }
 }
 
-/// Why a tier cannot be used here.
-#[derive(Debug, thiserror::Error)]
-#[error("{tier}: {cause}")]
-pub struct Refusal {
-    /// Which one.
-    pub tier: Tier,
-    /// Why.
-    #[source]
-    pub cause: Cause,
-}
-
 /// Why there is no probe, or no figures.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -92,7 +81,7 @@ pub enum DiskError {
     #[error("requests on disks cannot be seen: {}", join(refusals))]
     Refused {
         /// Why not, for each that was tried.
-        refusals: Vec<Refusal>,
+        refusals: Vec<Refusal<Tier>>,
     },
     /// A map cannot be read.
     #[error("the map {map} of the disk probe cannot be read: {source}")]
@@ -102,11 +91,6 @@ pub enum DiskError {
         /// What aya found.
         source: MapError,
     },
-}
-
-fn join(refusals: &[Refusal]) -> String {
-    let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
-    texts.join("; ")
 }
 
 /// The probe of some disks; dropping it detaches it.
@@ -137,14 +121,10 @@ impl DiskProbe {
 
     fn attach_any(path: &Path, ours: u32, tiers: &[Tier]) -> Result<Self, DiskError> {
         let disks = Disk::of(path)?;
-        let mut refusals = Vec::new();
-        for &tier in tiers {
-            match tier.attach(&disks, ours) {
-                Ok(object) => return Ok(Self { object, tier, disks, since: Instant::now() }),
-                Err(cause) => refusals.push(Refusal { tier, cause }),
-            }
-        }
-        Err(DiskError::Refused { refusals })
+        let tiers = tiers.iter().copied();
+        let (tier, object, _) = first_of(tiers, |tier| tier.attach(&disks, ours))
+            .map_err(|refusals| DiskError::Refused { refusals })?;
+        Ok(Self { object, tier, disks, since: Instant::now() })
     }
 
     /// The tier that is attached.

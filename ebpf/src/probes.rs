@@ -7,7 +7,7 @@ use livesnap_ebpf_common::{HistogramWords, PERIOD_AFTER};
 
 use crate::ranges::{self, Range};
 use crate::reading::{Lost, Reading, Stalls, ThreadStalls};
-use crate::tier::{Attached, Refusal, Request, Tier};
+use crate::tier::{Attached, Refusal, Request, Tier, first_of, join};
 
 /// What the caller may choose.
 #[derive(Clone, Debug, Default)]
@@ -65,11 +65,6 @@ pub enum ProbeError {
     },
 }
 
-fn join(refusals: &[Refusal]) -> String {
-    let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
-    texts.join("; ")
-}
-
 impl Probes {
     /// Attaches to all threads of the process `pid`, present and to come, for write-protect faults in `ranges`, of
     /// which up to 16 are told apart; see `ranges`.
@@ -83,19 +78,11 @@ impl Probes {
             btf: options.btf.as_deref(),
             has_ends: options.has_ends(),
         };
-        let mut refusals = Vec::new();
-        for tier in
-            Tier::ALL.into_iter().filter(|tier| options.tier.is_none_or(|only| only == *tier))
-        {
-            match tier.attach(&request) {
-                Ok(attached) => return Ok(Self { attached, tier, refusals }),
-                Err(cause) => {
-                    tracing::debug!(%tier, error = ?cause, "a tier is refused");
-                    refusals.push(Refusal { tier, cause });
-                }
-            }
-        }
-        Err(ProbeError::Refused { refusals })
+        let tiers =
+            Tier::ALL.into_iter().filter(|tier| options.tier.is_none_or(|only| only == *tier));
+        let (tier, attached, refusals) = first_of(tiers, |tier| tier.attach(&request))
+            .map_err(|refusals| ProbeError::Refused { refusals })?;
+        Ok(Self { attached, tier, refusals })
     }
 
     /// The tier that is attached.

@@ -83,12 +83,39 @@ impl fmt::Display for Tier {
 /// Why a tier cannot be used here.
 #[derive(Debug, thiserror::Error)]
 #[error("{tier}: {cause}")]
-pub struct Refusal {
+pub struct Refusal<T: fmt::Debug + fmt::Display = Tier> {
     /// Which one.
-    pub tier: Tier,
+    pub tier: T,
     /// Why.
     #[source]
     pub cause: Cause,
+}
+
+/// A tier, what attaching it has made, and why each better one was refused.
+pub type First<T, A> = (T, A, Vec<Refusal<T>>);
+
+/// Attaches the first of `tiers` that can be; if none can, tells why.
+pub fn first_of<T: Copy + fmt::Debug + fmt::Display, A>(
+    tiers: impl IntoIterator<Item = T>,
+    attach: impl Fn(T) -> Result<A, Cause>,
+) -> Result<First<T, A>, Vec<Refusal<T>>> {
+    let mut refusals = Vec::new();
+    for tier in tiers {
+        match attach(tier) {
+            Ok(attached) => return Ok((tier, attached, refusals)),
+            Err(cause) => {
+                tracing::debug!(%tier, error = ?cause, "a tier is refused");
+                refusals.push(Refusal { tier, cause });
+            }
+        }
+    }
+    Err(refusals)
+}
+
+/// All of them in one line.
+pub fn join<T: fmt::Debug + fmt::Display>(refusals: &[Refusal<T>]) -> String {
+    let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
+    texts.join("; ")
 }
 
 /// What stood against it.

@@ -14,12 +14,11 @@ use std::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use faults::Memory;
-use kvm_ioctls::Kvm;
 use livesnap_ebpf::{Mode, Options, Probes, Range, Tier};
 use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 use privilege::is_root;
-use snapshot_core::{KvmGuest, TestMemory, TestMemoryKind};
+use snapshot_core::{KvmGuest, TestMemory, TestMemoryKind, kvm};
 use userfaultfd::RegisterMode;
 
 /// RAM of the KVM guest.
@@ -117,17 +116,5 @@ fn writes_of_a_kvm_guest_are_all_seen() {
             guest.write_pages(GUEST_PAGES);
         });
         assert_eq!(seen(&probes), (0, GUEST_PAGES as u64), "{tier}");
-    }
-}
-
-/// KVM, where there is one; it must be where `REQUIRE_KVM=1`.
-fn kvm() -> Option<Kvm> {
-    match Kvm::new() {
-        Ok(kvm) => Some(kvm),
-        Err(error) => {
-            assert_ne!(std::env::var("REQUIRE_KVM").as_deref(), Ok("1"), "no KVM: {error}");
-            eprintln!("SKIPPED: there is no KVM ({error})");
-            None
-        }
     }
 }

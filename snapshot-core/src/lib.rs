@@ -71,7 +71,7 @@ pub use session::{
     Abort, BUFFER_BYTES_MIN, BufferLimit, Cancel, Cause, Options, SessionError, snapshot,
 };
 #[cfg(feature = "test-guest")]
-pub use sys::test_kvm::KvmGuest;
+pub use sys::test_kvm::{KvmGuest, kvm};
 #[cfg(feature = "test-guest")]
 pub use sys::test_memory::{Kind as TestMemoryKind, TestMemory};
 pub use sys::uffd::create_local as userfaultfd;

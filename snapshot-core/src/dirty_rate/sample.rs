@@ -183,20 +183,8 @@ mod tests {
     #[test]
     fn chunks_are_whole_huge_pages_and_cover_all_ram_once() {
         let mapping = |start: u64, len_bytes, kind| RamMapping {
-            start: HostVirtAddr(start),
-            len_bytes,
             kind,
-            shared: false,
-            path: None,
-            offset_bytes: 0,
-            device: (0, 0),
-            inode: 0,
-            mergeable: false,
-            has_userfaultfd: false,
-            page_size_bytes: 4096,
-            rss_bytes: 0,
-            huge_bytes: 0,
-            merged_bytes: 0,
+            ..RamMapping::anonymous(HostVirtAddr(start), len_bytes)
         };
         let block = |id: &str, hva, len_bytes| RamBlock {
             id: id.into(),

@@ -6,13 +6,11 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use kvm_ioctls::Kvm;
-
 use super::*;
 use crate::address::{HostVirtAddr, as_index};
 use crate::image::Snapshot;
 use crate::ram::RamBlock;
-use crate::sys::test_kvm::KvmGuest;
+use crate::sys::test_kvm::{KvmGuest, kvm};
 use crate::sys::test_memory::{Kind, TestMemory};
 use crate::sys::uffd::create_local;
 use crate::vmm::testing::{DEADLINE, privileged};
@@ -202,18 +200,6 @@ impl Guest for InKvm {
 
     fn work_after_the_consistency_point(&mut self) {
         self.0.write_pages(2 * self.pages());
-    }
-}
-
-/// KVM, where there is one; it must be where REQUIRE_KVM=1.
-fn kvm() -> Option<Kvm> {
-    match Kvm::new() {
-        Ok(kvm) => Some(kvm),
-        Err(error) => {
-            assert_ne!(std::env::var("REQUIRE_KVM").as_deref(), Ok("1"), "no KVM: {error}");
-            eprintln!("SKIPPED: there is no KVM ({error})");
-            None
-        }
     }
 }
 

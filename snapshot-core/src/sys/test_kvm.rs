@@ -29,6 +29,18 @@ pub struct KvmGuest {
     _code: TestMemory,
 }
 
+/// KVM, where there is one; it must be where `REQUIRE_KVM=1`.
+pub fn kvm() -> Option<Kvm> {
+    match Kvm::new() {
+        Ok(kvm) => Some(kvm),
+        Err(error) => {
+            assert_ne!(std::env::var("REQUIRE_KVM").as_deref(), Ok("1"), "no KVM: {error}");
+            eprintln!("SKIPPED: there is no KVM ({error})");
+            None
+        }
+    }
+}
+
 impl KvmGuest {
     /// A guest with the RAM `ram`, before its first instruction.
     pub fn new(kvm: &Kvm, ram: Arc<TestMemory>) -> Result<Self, kvm_ioctls::Error> {
