@@ -12,7 +12,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, MapError, PerCpuArray};
-use aya::programs::RawTracePoint;
 use aya::{Ebpf, EbpfLoader};
 use livesnap_ebpf_common::HISTOGRAM_WORDS;
 use livesnap_ebpf_common::disk::{
@@ -25,7 +24,7 @@ use crate::btf::Types;
 use crate::device::{DeviceError, Disk};
 use crate::objects;
 use crate::reading::Histogram;
-use crate::tier::{BTF, Cause, Refusal, first_of, join, program, refused_attach, refused_load};
+use crate::tier::{BTF, Cause, Refusal, attach_raw, first_of, join};
 
 /// The programs, each named as its tracepoint, in the order in which they are attached: completions first, for a request
 /// that is seen to be issued must also be seen to complete.
@@ -262,9 +261,7 @@ fn raw_tp(disks: &[Disk], ours: u32) -> Result<Ebpf, Cause> {
         .load(objects::DISK_RAW_TP)
         .map_err(|source| Cause::Load { source: Box::new(source) })?;
     for name in PROGRAMS {
-        let program: &mut RawTracePoint = program(&mut object, name)?;
-        program.load().map_err(refused_load(name))?;
-        program.attach(name).map_err(refused_attach(name))?;
+        attach_raw(&mut object, name, name)?;
     }
     Ok(object)
 }

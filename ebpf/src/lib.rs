@@ -26,6 +26,7 @@
 //! | `tier` | the ways to attach, best first, and why one is refused |
 //! | `objects` | the programs, compiled by `build.rs` from `programs/` |
 //! | `btf` | where the members of the kernel's structures lie |
+//! | `tracefs` | where the fields of tracepoints' records lie |
 //! | `disk` | requests on the disks of a directory |
 //! | `device` | which disks these are |
 //! | `ranges` | which addresses count |
@@ -42,6 +43,7 @@ mod probes;
 mod ranges;
 mod reading;
 mod tier;
+mod tracefs;
 
 pub use device::{DeviceError, Disk};
 #[cfg(feature = "controls")]

@@ -20,6 +20,7 @@ use serde::Serialize;
 use crate::btf::Types;
 use crate::objects;
 use crate::ranges::RangeWords;
+use crate::tracefs::Record;
 
 /// The kernel's type information.
 pub(crate) const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -27,6 +28,10 @@ pub(crate) const BTF: &str = "/sys/kernel/btf/vmlinux";
 const HANDLE_USERFAULT: &str = "handle_userfault";
 /// The tracepoints of page faults in user mode and in the kernel, of the group `exceptions`.
 const PAGE_FAULTS: [&str; 2] = ["page_fault_user", "page_fault_kernel"];
+/// The tracepoints of virtual CPUs' faults, of the group `kvm`: the two kinds of ends first.
+const KVM: [&str; 3] = ["kvm_userspace_exit", "kvm_entry", "kvm_page_fault"];
+/// What `/proc/PID/fd` has for a virtual machine of KVM's.
+const KVM_VM: &str = "anon_inode:kvm-vm";
 
 /// A way to measure stalls; docs/probes.md tells what each sees, and which have been compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -172,6 +177,28 @@ pub enum Cause {
         /// What was looked for.
         field: &'static str,
     },
+    /// Another kernel than we know, or no tracefs.
+    #[error(
+        "the format of the tracepoint {group}/{name} cannot be read: {source}; mount tracefs on /sys/kernel/tracing"
+    )]
+    NoTracepoint {
+        /// Its group.
+        group: &'static str,
+        /// Its name.
+        name: &'static str,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// Another kernel than we know.
+    #[error("the tracepoint {group}/{name} has no field {field}, or a smaller one")]
+    NoRecordField {
+        /// Its group.
+        group: &'static str,
+        /// Its name.
+        name: &'static str,
+        /// What was looked for.
+        field: &'static str,
+    },
     /// The list of CPUs.
     #[error("cannot read which CPUs are online: {source}")]
     Cpus {
@@ -237,6 +264,15 @@ struct Offsets {
     vm_fault_flags: u32,
     /// `task_struct::nvcsw`, with `nivcsw` behind it.
     task_switches: u32,
+    /// The error code in the record of `kvm_page_fault`.
+    kvm_error_code: u32,
+}
+
+impl Offsets {
+    /// Whether it can be told which faults waited.
+    const fn tell_waits(&self) -> bool {
+        self.task_switches != 0
+    }
 }
 
 /// The kernel's type information, for us and for aya.
@@ -256,7 +292,7 @@ impl KernelTypes {
         Ok(Offsets {
             vm_fault_address: offset("address", "vm_fault.address")?,
             vm_fault_flags: offset("flags", "vm_fault.flags")?,
-            task_switches: 0,
+            ..Offsets::default()
         })
     }
 
@@ -289,6 +325,19 @@ impl Request<'_> {
         }
     }
 
+    /// Whether faults of virtual CPUs under KVM are to be seen where they raise no exception. Every other fault of theirs
+    /// is none that waited, so it must be known which did. Entries of guests are frequent on the whole machine: the
+    /// programs are attached only for a process that has a virtual machine.
+    fn wants_kvm(&self, offsets: &Offsets) -> bool {
+        let Ok(mut files) = fs::read_dir(format!("/proc/{}/fd", self.tgid)) else {
+            return offsets.tell_waits();
+        };
+        let is_vm = |file: fs::DirEntry| {
+            fs::read_link(file.path()).is_ok_and(|target| target == Path::new(KVM_VM))
+        };
+        offsets.tell_waits() && files.any(|file| file.is_ok_and(is_vm))
+    }
+
     /// An object with its maps, its programs not loaded yet.
     fn object(&self, bytes: &[u8], offsets: &Offsets) -> Result<Ebpf, Cause> {
         if bytes.is_empty() {
@@ -304,6 +353,7 @@ impl Request<'_> {
             .override_global("VM_FAULT_ADDRESS", &offsets.vm_fault_address, false)
             .override_global("VM_FAULT_FLAGS", &offsets.vm_fault_flags, false)
             .override_global("TASK_SWITCHES", &offsets.task_switches, true)
+            .override_global("KVM_ERROR_CODE", &offsets.kvm_error_code, false)
             .load(bytes)
             .map_err(|source| Cause::Load { source: Box::new(source) })
     }
@@ -332,13 +382,14 @@ fn tp_btf(request: &Request<'_>) -> Result<Attached, Cause> {
     let mut object = request.object(objects::STALL_TP_BTF, &offsets)?;
     if request.has_ends {
         attach_page_fault_ends(&mut object)?;
+        attach_raw_kvm(&mut object, request.wants_kvm(&offsets))?;
     }
     for name in PAGE_FAULTS {
         let program: &mut BtfTracePoint = program(&mut object, name)?;
         program.load(name, &types.btf).map_err(refused_load(name))?;
         program.attach().map_err(refused_attach(name))?;
     }
-    Ok(Attached { object, kinds_are_known: offsets.task_switches != 0 })
+    Ok(Attached { object, kinds_are_known: offsets.tell_waits() })
 }
 
 fn kprobe(request: &Request<'_>) -> Result<Attached, Cause> {
@@ -358,31 +409,66 @@ fn raw_tp(request: &Request<'_>) -> Result<Attached, Cause> {
     let mut object = request.object(objects::STALL, &offsets)?;
     if request.has_ends {
         attach_page_fault_ends(&mut object)?;
+        attach_raw_kvm(&mut object, request.wants_kvm(&offsets))?;
     }
     for (name, event) in
-        [("raw_page_fault_user", PAGE_FAULTS[0]), ("raw_page_fault_kernel", PAGE_FAULTS[1])]
+        ["raw_page_fault_user", "raw_page_fault_kernel"].into_iter().zip(PAGE_FAULTS)
     {
-        let program: &mut RawTracePoint = program(&mut object, name)?;
-        program.load().map_err(refused_load(name))?;
-        program.attach(event).map_err(refused_attach(name))?;
+        attach_raw(&mut object, name, event)?;
     }
-    Ok(Attached { object, kinds_are_known: offsets.task_switches != 0 })
+    Ok(Attached { object, kinds_are_known: offsets.tell_waits() })
 }
 
 fn tracepoint(request: &Request<'_>) -> Result<Attached, Cause> {
-    let offsets = request.kernel_types().map(|types| types.of_faults()).unwrap_or_default();
+    let mut offsets = request.kernel_types().map(|types| types.of_faults()).unwrap_or_default();
+    let has_kvm = request.has_ends && request.wants_kvm(&offsets);
+    if has_kvm {
+        offsets.kvm_error_code = Record::of("kvm", "kvm_page_fault")?.offset_of("error_code", 8)?;
+    }
     let mut object = request.object(objects::STALL, &offsets)?;
     if request.has_ends {
         attach_page_fault_ends(&mut object)?;
     }
-    for (name, event) in
-        [("trace_page_fault_user", PAGE_FAULTS[0]), ("trace_page_fault_kernel", PAGE_FAULTS[1])]
-    {
-        let program: &mut TracePoint = program(&mut object, name)?;
-        program.load().map_err(refused_load(name))?;
-        program.attach("exceptions", event).map_err(refused_attach(name))?;
+    if has_kvm {
+        let names = ["trace_kvm_userspace_exit", "trace_kvm_entry", "trace_kvm_page_fault"];
+        for (name, event) in names.into_iter().zip(KVM) {
+            attach_tracepoint(&mut object, name, "kvm", event)?;
+        }
     }
-    Ok(Attached { object, kinds_are_known: offsets.task_switches != 0 })
+    for (name, event) in
+        ["trace_page_fault_user", "trace_page_fault_kernel"].into_iter().zip(PAGE_FAULTS)
+    {
+        attach_tracepoint(&mut object, name, "exceptions", event)?;
+    }
+    Ok(Attached { object, kinds_are_known: offsets.tell_waits() })
+}
+
+/// Has virtual CPUs' faults seen by raw tracepoints, if that is `wanted`.
+fn attach_raw_kvm(object: &mut Ebpf, wanted: bool) -> Result<(), Cause> {
+    let names = ["raw_kvm_userspace_exit", "raw_kvm_entry", "raw_kvm_page_fault"];
+    let mut pairs = names.into_iter().zip(KVM).filter(|_| wanted);
+    pairs.try_for_each(|(name, event)| attach_raw(object, name, event))
+}
+
+/// Loads a program and attaches it to a raw tracepoint.
+pub(crate) fn attach_raw(object: &mut Ebpf, name: &'static str, event: &str) -> Result<(), Cause> {
+    let program: &mut RawTracePoint = program(object, name)?;
+    program.load().map_err(refused_load(name))?;
+    program.attach(event).map_err(refused_attach(name))?;
+    Ok(())
+}
+
+/// Loads a program and attaches it to a tracepoint of tracefs.
+pub(crate) fn attach_tracepoint(
+    object: &mut Ebpf,
+    name: &'static str,
+    group: &str,
+    event: &str,
+) -> Result<(), Cause> {
+    let program: &mut TracePoint = program(object, name)?;
+    program.load().map_err(refused_load(name))?;
+    program.attach(group, event).map_err(refused_attach(name))?;
+    Ok(())
 }
 
 /// Has `page_fault_end` run whenever a page fault is done. The kernel counts one that had to wait as major, since it

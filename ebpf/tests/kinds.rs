@@ -8,7 +8,7 @@ mod privilege;
 
 use std::hint::black_box;
 
-use faults::{PAGE_BYTES, pin, serve};
+use faults::{PAGE_BYTES, pin, preemptions, serve};
 use livesnap_ebpf::{Kind, Options, Probes, Range, Stalls, Tier};
 use privilege::is_root;
 use rustix::thread::disable_transparent_huge_pages;
@@ -82,13 +82,6 @@ fn touch(pages: &mut [u8]) {
     for page in pages.chunks_mut(PAGE_BYTES) {
         *black_box(&mut page[0]) = 1;
     }
-}
-
-/// How often this thread lost its CPU against its will.
-fn preemptions() -> u64 {
-    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"));
-    line.unwrap().trim().parse().unwrap()
 }
 
 /// What the probes of `options` tell of it, and how often the thread was preempted; nothing if there are none.

@@ -2,6 +2,9 @@
 //!
 //! An exception does not tell whether the thread will wait. It has waited if it has left its CPU until the end.
 //!
+//! A virtual CPU under KVM has no exception on the host: its fault lasts from KVM's word of it until the guest is
+//! entered again.
+//!
 //! A thread is in one fault at a time. Start and end run on that thread, so its start and its histograms have
 //! one writer and need no atomics.
 
@@ -13,12 +16,16 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::PerfEventContext;
 use livesnap_ebpf_common::{
-    HISTOGRAMS_MAX, Histogram, HistogramKey, KIND_SERVED, KIND_WAITED, Kind, Mode, RANGES_MAX,
-    STARTS_MAX, Start, class_of, counter,
+    HISTOGRAMS_MAX, Histogram, HistogramKey, KIND_SERVED, KIND_WAITED, Kind, MODE_KERNEL, Mode,
+    RANGES_MAX, STARTS_MAX, Start, class_of, counter,
 };
 
 /// Bits of the error code of an x86 page fault: the page is present, and was written to.
 const PRESENT_AND_WRITE: u64 = 0b11;
+/// The bit for a write in what KVM tells of a guest's fault: in an error code, and in Intel's exit qualification.
+const GUEST_WRITE: u64 = 0b10;
+/// Stands for the address in the start of a guest's fault: KVM tells only where that is for the guest.
+const IN_GUEST: u64 = u64::MAX;
 
 /// The process whose threads count; set by the loader.
 #[unsafe(no_mangle)]
@@ -107,6 +114,46 @@ pub fn exception(maps: &Maps, starts: &'static impl Starts, mode: Mode, address:
     }
 }
 
+/// A virtual CPU has left its guest for a fault, with what KVM calls its error code.
+#[inline(always)]
+pub fn guest_faults(maps: &Maps, starts: &'static impl Starts, code: u64) {
+    let Some(tid) = thread_of_interest() else { return };
+    if code & GUEST_WRITE != 0 {
+        begin(maps, starts, tid, IN_GUEST, MODE_KERNEL);
+    }
+}
+
+/// A virtual CPU enters its guest: a fault is over. Where it did not wait nothing is known of it, not even whether it
+/// was in the ranges.
+#[inline(always)]
+pub fn guest_goes_on(maps: &Maps, starts: &'static impl Starts) {
+    let Some((start, tid)) = of_guest(starts) else { return };
+    if has_waited(start) {
+        maps.end(start, tid);
+    } else {
+        start.at_ns = 0;
+    }
+}
+
+/// A virtual CPU returns to its program instead: for a signal, after which the guest faults again, or because nothing
+/// but the program can serve the access.
+#[inline(always)]
+pub fn guest_is_left(maps: &Maps, starts: &'static impl Starts) {
+    let Some((start, _)) = of_guest(starts) else { return };
+    if has_waited(start) {
+        maps.count(counter::START_WITHOUT_END);
+    }
+    start.at_ns = 0;
+}
+
+/// The guest's fault that the running thread is in.
+#[inline(always)]
+fn of_guest(starts: &'static impl Starts) -> Option<(&'static mut Start, u32)> {
+    let tid = thread_of_interest()?;
+    let start = starts.of_thread(tid)?;
+    (start.at_ns != 0 && start.address == IN_GUEST).then_some((start, tid))
+}
+
 /// Notes that a fault of the running thread begins.
 #[inline(always)]
 pub fn begin(maps: &Maps, starts: &'static impl Starts, tid: u32, address: u64, mode: Mode) {
@@ -161,12 +208,18 @@ fn switches() -> u64 {
     voluntary + involuntary
 }
 
-/// What the fault is that began when the thread had left its CPU `before` times.
+/// Whether the running thread has left its CPU since its fault began.
 #[inline(always)]
-fn kind_since(before: u64) -> Kind {
+fn has_waited(start: &Start) -> bool {
+    start.switches != switches()
+}
+
+/// What the fault of the running thread is.
+#[inline(always)]
+fn kind(start: &Start) -> Kind {
     // SAFETY: as above.
     let is_known = unsafe { core::ptr::read_volatile(&raw const TASK_SWITCHES) } != 0;
-    if is_known && switches() == before { KIND_SERVED } else { KIND_WAITED }
+    if is_known && !has_waited(start) { KIND_SERVED } else { KIND_WAITED }
 }
 
 /// Whether an address lies in the ranges.
@@ -189,7 +242,8 @@ impl Maps {
     /// Notes in `start` that a fault begins.
     #[inline(always)]
     pub fn begin(&self, start: &mut Start, at_ns: u64, address: u64, mode: Mode) {
-        if start.at_ns != 0 {
+        // KVM may itself write to the guest's memory for it, and fault there.
+        if start.at_ns != 0 && (start.address != IN_GUEST || has_waited(start)) {
             self.count(counter::START_WITHOUT_END);
         }
         let period = self.period.get(0).copied().unwrap_or_default();
@@ -206,7 +260,7 @@ impl Maps {
         let ns = unsafe { bpf_ktime_get_ns() } - start.at_ns;
         start.at_ns = 0;
         // The kinds differ in a bit that those who waited lack.
-        let class = start.class as u32 | class_of(0, 0, kind_since(start.switches));
+        let class = start.class as u32 | class_of(0, 0, kind(start));
         let key = HistogramKey { tid, class };
         let Some(histogram) = self.histogram(&key) else {
             self.count(counter::MAP_FULL);

@@ -151,3 +151,10 @@ pub fn pin(cpu: usize) {
     set.set(cpu);
     sched_setaffinity(None, &set).unwrap();
 }
+
+/// How often this thread lost its CPU against its will.
+pub fn preemptions() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"));
+    line.unwrap().trim().parse().unwrap()
+}

@@ -35,6 +35,9 @@ const FAULT_FLAG_RETRY_NOWAIT: u32 = 0x8;
 static VM_FAULT_ADDRESS: u32 = 0;
 #[unsafe(no_mangle)]
 static VM_FAULT_FLAGS: u32 = 0;
+/// Where KVM's error code lies in the record of `kvm_page_fault`; set by the loader.
+#[unsafe(no_mangle)]
+static KVM_ERROR_CODE: u32 = 0;
 
 #[raw_tracepoint]
 pub fn raw_page_fault_user(ctx: RawTracePointContext) -> i32 {
@@ -79,7 +82,49 @@ fn trace_page_fault(ctx: &TracePointContext, mode: u32) -> u32 {
     0
 }
 
-/// The end of a fault that one of the above began.
+/// KVM's third argument is the error code since Linux 6.0.
+#[raw_tracepoint]
+pub fn raw_kvm_page_fault(ctx: RawTracePointContext) -> i32 {
+    stall::guest_faults(&MAPS, &STARTS, ctx.arg(2));
+    0
+}
+
+#[raw_tracepoint]
+pub fn raw_kvm_entry(_: RawTracePointContext) -> i32 {
+    stall::guest_goes_on(&MAPS, &STARTS);
+    0
+}
+
+#[raw_tracepoint]
+pub fn raw_kvm_userspace_exit(_: RawTracePointContext) -> i32 {
+    stall::guest_is_left(&MAPS, &STARTS);
+    0
+}
+
+#[tracepoint]
+pub fn trace_kvm_page_fault(ctx: TracePointContext) -> u32 {
+    // SAFETY: a static of ours; volatile because the loader sets it in the object, unseen by the compiler.
+    let offset = unsafe { core::ptr::read_volatile(&raw const KVM_ERROR_CODE) };
+    // SAFETY: the helper checks the address that it reads from.
+    if let Ok(code) = unsafe { ctx.read_at::<u64>(offset as usize) } {
+        stall::guest_faults(&MAPS, &STARTS, code);
+    }
+    0
+}
+
+#[tracepoint]
+pub fn trace_kvm_entry(_: TracePointContext) -> u32 {
+    stall::guest_goes_on(&MAPS, &STARTS);
+    0
+}
+
+#[tracepoint]
+pub fn trace_kvm_userspace_exit(_: TracePointContext) -> u32 {
+    stall::guest_is_left(&MAPS, &STARTS);
+    0
+}
+
+/// The end of a fault that one of the exceptions above began.
 #[perf_event]
 pub fn page_fault_end(ctx: PerfEventContext) -> i32 {
     stall::page_fault_end(&MAPS, &STARTS, &ctx);
