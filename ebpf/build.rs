@@ -17,7 +17,7 @@ const TARGET: &str = "bpfel-unknown-none";
 const BOOTSTRAP: &str = "aya_ebpf,livesnap_ebpf_programs";
 /// Line information for the verifier's messages, and BTF, without which maps have no types.
 const RUSTFLAGS: &str = "-C debuginfo=2 -C link-arg=--btf";
-const OBJECTS: [&str; 3] = ["disk_raw_tp", "stall", "stall_tp_btf"];
+const OBJECTS: [&str; 4] = ["disk_raw_tp", "disk_tracepoint", "stall", "stall_tp_btf"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     for path in ["programs/src", "programs/Cargo.toml", "programs/Cargo.lock", "common/src", RUSTC]

@@ -16,7 +16,7 @@ use aya::{Ebpf, EbpfLoader};
 use livesnap_ebpf_common::HISTOGRAM_WORDS;
 use livesnap_ebpf_common::disk::{
     CLASSES, DISKS_MAX, ISSUER_OURS, OPERATION_FLUSH, OPERATION_READ, OPERATION_WRITE,
-    RequestWords, TransferWords, class_in, counter, depth, disk_number, offset,
+    RequestWords, TransferWords, class_in, counter, depth, disk_number, offset, record,
 };
 use serde::Serialize;
 
@@ -24,11 +24,12 @@ use crate::btf::Types;
 use crate::device::{DeviceError, Disk};
 use crate::objects;
 use crate::reading::Histogram;
-use crate::tier::{BTF, Cause, Refusal, attach_raw, first_of, join};
+use crate::tier::{BTF, Cause, Refusal, attach_raw, attach_tracepoint, first_of, join};
+use crate::tracefs::Record;
 
 /// The programs, each named as its tracepoint, in the order in which they are attached: completions first, for a request
 /// that is seen to be issued must also be seen to complete.
-const PROGRAMS: [&str; 5] = [
+const RAW_PROGRAMS: [&str; 5] = [
     "block_rq_complete",
     "block_rq_merge",
     "block_rq_requeue",
@@ -36,23 +37,38 @@ const PROGRAMS: [&str; 5] = [
     "block_rq_issue",
 ];
 
-/// A way to see requests.
+/// The same of tracepoints: index of the record, and name.
+const TRACE_PROGRAMS: [(usize, &str); record::TRACEPOINTS] = [
+    (record::COMPLETE, "block_rq_complete"),
+    (record::FRONT_MERGE, "block_bio_frontmerge"),
+    (record::MERGE, "block_rq_merge"),
+    (record::REQUEUE, "block_rq_requeue"),
+    (record::INSERT, "block_rq_insert"),
+    (record::ISSUE, "block_rq_issue"),
+];
+/// The group of all of them.
+const GROUP: &str = "block";
+
+/// A way to see requests; docs/probes.md tells what each misses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tier {
     /// Raw tracepoints, which see the kernel's own structures.
     RawTp,
+    /// Tracepoints of tracefs, whose records tell of a request what most often suffices to know it again: needs no BTF.
+    Tracepoint,
 }
 
 impl Tier {
     /// All of them, best first.
-    pub const ALL: [Self; 1] = [Self::RawTp];
+    pub const ALL: [Self; 2] = [Self::RawTp, Self::Tracepoint];
 
     /// The word for people and programs.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::RawTp => "raw-tp",
+            Self::Tracepoint => "tracepoint",
         }
     }
 
@@ -60,6 +76,7 @@ impl Tier {
     fn attach(self, disks: &[Disk], ours: u32) -> Result<Ebpf, Cause> {
         match self {
             Self::RawTp => raw_tp(disks, ours),
+            Self::Tracepoint => tracepoint(disks, ours),
         }
     }
 }
@@ -244,26 +261,56 @@ fn added(mut sum: TransferWords, other: &TransferWords) -> TransferWords {
 fn raw_tp(disks: &[Disk], ours: u32) -> Result<Ebpf, Cause> {
     let bytes = fs::read(BTF).map_err(|source| Cause::NoBtf { path: BTF.into(), source })?;
     let types = Types::parse(&bytes).ok_or(Cause::BadBtf { path: BTF.into() })?;
-    let offsets = offsets(&types)?;
-    if objects::DISK_RAW_TP.is_empty() {
+    let mut object = object(objects::DISK_RAW_TP, disks, ours, ("OFFSETS", &offsets(&types)?))?;
+    for name in RAW_PROGRAMS {
+        attach_raw(&mut object, name, name)?;
+    }
+    Ok(object)
+}
+
+fn tracepoint(disks: &[Disk], ours: u32) -> Result<Ebpf, Cause> {
+    let mut object = object(objects::DISK_TRACEPOINT, disks, ours, ("RECORDS", &records()?))?;
+    for (_, name) in TRACE_PROGRAMS {
+        attach_tracepoint(&mut object, name, GROUP, name)?;
+    }
+    Ok(object)
+}
+
+/// An object with its maps, its programs not loaded yet. What differs between kernels is told by `layout`, the name of a
+/// static and what it is to be.
+fn object(bytes: &[u8], disks: &[Disk], ours: u32, layout: (&str, &[u32])) -> Result<Ebpf, Cause> {
+    if bytes.is_empty() {
         return Err(Cause::NotBuilt);
     }
     let mut numbers = [0; DISKS_MAX];
     for (number, disk) in numbers.iter_mut().zip(disks) {
         *number = disk_number(disk.major, disk.minor);
     }
-    let mut object = EbpfLoader::new()
+    EbpfLoader::new()
         // Nothing to relocate.
         .btf(None)
         .override_global("OUR_TGID", &ours, true)
         .override_global("DISKS", &numbers, true)
-        .override_global("OFFSETS", &offsets, true)
-        .load(objects::DISK_RAW_TP)
-        .map_err(|source| Cause::Load { source: Box::new(source) })?;
-    for name in PROGRAMS {
-        attach_raw(&mut object, name, name)?;
+        .override_global(layout.0, layout.1, true)
+        .load(bytes)
+        .map_err(|source| Cause::Load { source: Box::new(source) })
+}
+
+/// Where this kernel's tracepoints have in their records what the programs read.
+fn records() -> Result<[u32; record::COUNT], Cause> {
+    let mut offsets = [0; record::COUNT];
+    for (index, name) in TRACE_PROGRAMS {
+        let record = Record::of(GROUP, name)?;
+        let fields = &mut offsets[index * record::FIELDS..][..record::FIELDS];
+        fields[record::DISK] = record.offset_of("dev", 4)?;
+        fields[record::SECTOR] = record.offset_of("sector", 8)?;
+        fields[record::SECTORS] = record.offset_of("nr_sector", 4)?;
+        fields[record::OPERATION] = record.offset_of("rwbs", 2)?;
+        if index == record::COMPLETE {
+            fields[record::ERROR] = record.offset_of("error", 4)?;
+        }
     }
-    Ok(object)
+    Ok(offsets)
 }
 
 /// Where this kernel has what the programs read.

@@ -38,7 +38,7 @@ pub const fn class_of(operation: Operation, issuer: Issuer) -> u32 {
 pub const CLASSES: usize = (OPERATIONS as usize) << 1;
 
 /// A request that was put into a queue, or that the disk works on: the value of the map `REQUESTS`, by the
-/// request's address.
+/// request's address or [`request_id`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
@@ -46,11 +46,11 @@ pub struct Request {
     pub issued_ns: u64,
     /// See [`class_of`]. Of a request that waits only the issuer is known.
     pub class: u32,
-    /// Nothing; fills the structure.
-    pub zero: u32,
+    /// Of a request that was issued, sectors that are not complete yet; 0 where the kernel's own request tells.
+    pub sectors: u32,
 }
 
-/// A [`Request`] as the loader reads it: the time, and class and filling.
+/// A [`Request`] as the loader reads it: the time, and class and sectors.
 pub type RequestWords = [u64; 2];
 
 /// Class in the second of [`RequestWords`].
@@ -62,6 +62,17 @@ pub type RequestWords = [u64; 2];
 pub const fn class_in(word: u64) -> usize {
     word as u32 as usize
 }
+
+/// What stands for a request where its address is not known: the disk's index of those that count, what the request does,
+/// and its first sector. Two at a time that are the same in all of that are not told apart.
+#[inline(always)]
+#[must_use]
+pub const fn request_id(disk: u32, operation: Operation, sector: u64) -> u64 {
+    (disk as u64) << 60 | (operation as u64) << 58 | sector & ((1 << 58) - 1)
+}
+
+/// A sector is 2 to the power of this many bytes, whatever the disk calls a sector (`SECTOR_SHIFT` of the kernel).
+pub const SECTOR_SHIFT: u32 = 9;
 
 /// Requests of one class that are done: the value of the map `TRANSFERS`, for each CPU.
 #[repr(C)]
@@ -98,6 +109,41 @@ pub mod offset {
     pub const COUNT: usize = 7;
     /// There is no such field.
     pub const NONE: u32 = u32::MAX;
+}
+
+/// Where tracepoints' records have their fields, in bytes: the static `RECORDS`, [`FIELDS`](record::FIELDS) for each
+/// tracepoint.
+pub mod record {
+    /// `block_rq_insert`.
+    pub const INSERT: usize = 0;
+    /// `block_rq_merge`.
+    pub const MERGE: usize = 1;
+    /// `block_bio_frontmerge`.
+    pub const FRONT_MERGE: usize = 2;
+    /// `block_rq_issue`.
+    pub const ISSUE: usize = 3;
+    /// `block_rq_requeue`.
+    pub const REQUEUE: usize = 4;
+    /// `block_rq_complete`.
+    pub const COMPLETE: usize = 5;
+    /// How many there are.
+    pub const TRACEPOINTS: usize = 6;
+
+    /// The disk's number, as [`disk_number`](super::disk_number) has it.
+    pub const DISK: usize = 0;
+    /// The first sector.
+    pub const SECTOR: usize = 1;
+    /// How many sectors.
+    pub const SECTORS: usize = 2;
+    /// Letters for what the request does.
+    pub const OPERATION: usize = 3;
+    /// Whether it failed; of [`COMPLETE`] only.
+    pub const ERROR: usize = 4;
+    /// How many there are.
+    pub const FIELDS: usize = 5;
+
+    /// Length of the static.
+    pub const COUNT: usize = TRACEPOINTS * FIELDS;
 }
 
 /// Disks as the programs compare them: major and minor number as the kernel itself puts them together.
@@ -139,6 +185,8 @@ pub mod depth {
     pub const COUNT: usize = 2;
 }
 
+// An index of a disk has four bits in a request's id, and an operation two.
+const _: () = assert!(DISKS_MAX <= 1 << 4 && OPERATIONS <= 1 << 2);
 // No padding: every byte of a map is a byte of a field.
 const _: () = assert!(size_of::<Request>() == size_of::<RequestWords>());
 const _: () = assert!(size_of::<Transfers>() == 8 * TRANSFER_WORDS);

@@ -6,7 +6,7 @@
 //!                           └──────requeue──────┘ └─ a part completed: stays
 //! ```
 //!
-//! A request is remembered by its address. The thread that puts it into a queue is the one it belongs to; without a
+//! A request is remembered by its address, or by what tells it from others. The thread that puts it into a queue is the one it belongs to; without a
 //! queue it is the thread that issues it. Who completes it tells nothing: that is an interrupt.
 
 use crate::atomic::fetch_add;
@@ -72,9 +72,9 @@ macro_rules! disk_maps {
     };
 }
 
-/// Whether a disk is one of those that count.
+/// The index of a disk among those that count, if it does.
 #[inline(always)]
-pub fn is_of_interest(disk: u32) -> bool {
+pub fn index_of(disk: u32) -> Option<u32> {
     let disks = (&raw const DISKS).cast::<u32>();
     for index in 0..DISKS_MAX {
         // SAFETY: the index is within the array; volatile because the loader sets it in the object, unseen by the
@@ -84,10 +84,16 @@ pub fn is_of_interest(disk: u32) -> bool {
             break;
         }
         if known == disk {
-            return true;
+            return Some(index as u32);
         }
     }
-    false
+    None
+}
+
+/// Whether a disk is one of those that count.
+#[inline(always)]
+pub fn is_of_interest(disk: u32) -> bool {
+    index_of(disk).is_some()
 }
 
 /// What flags of a request say that it does.
@@ -123,7 +129,7 @@ impl Maps {
         match self.requests.get_ptr_mut(&id) {
             // The kernel itself puts back what was requeued: it still belongs to whom it belonged to.
             Some(_) => {}
-            None => self.remember(id, 0, class_of(OPERATION_OTHER, issuer())),
+            None => self.remember(id, 0, class_of(OPERATION_OTHER, issuer()), 0),
         }
     }
 
@@ -133,9 +139,29 @@ impl Maps {
         let _ = self.requests.remove(&id);
     }
 
-    /// The disk gets a request.
+    /// A request is known by another id from now on.
     #[inline(always)]
-    pub fn issue(&self, id: u64, operation: Operation) {
+    pub fn rename(&self, id: u64, new: u64) {
+        // SAFETY: the map keeps the value while the program runs; a request is in one place at a time.
+        let known = self.requests.get_ptr_mut(&id).map(|known| unsafe { *known });
+        if let Some(known) = known {
+            let _ = self.requests.remove(&id);
+            self.remember(new, known.issued_ns, known.class, known.sectors);
+        }
+    }
+
+    /// Of a request that is in flight so many sectors are done, and not all.
+    #[inline(always)]
+    pub fn shorten(&self, id: u64, sectors: u32) {
+        if let Some(known) = self.requests.get_ptr_mut(&id) {
+            // SAFETY: as above.
+            unsafe { (*known).sectors -= sectors };
+        }
+    }
+
+    /// The disk gets a request, of so many sectors if that will not be told later.
+    #[inline(always)]
+    pub fn issue(&self, id: u64, operation: Operation, sectors: u32) {
         // SAFETY: the map keeps the value while the program runs; a request is in one place at a time.
         let known = self.requests.get_ptr_mut(&id).map(|known| unsafe { *known });
         let issuer = match known {
@@ -150,7 +176,7 @@ impl Maps {
         let class = class_of(operation, issuer);
         self.enter(class);
         // SAFETY: a helper without preconditions.
-        self.remember(id, unsafe { bpf_ktime_get_ns() }, class);
+        self.remember(id, unsafe { bpf_ktime_get_ns() }, class, sectors);
     }
 
     /// The disk could not take a request.
@@ -196,8 +222,8 @@ impl Maps {
     }
 
     #[inline(always)]
-    fn remember(&self, id: u64, issued_ns: u64, class: u32) {
-        if self.requests.insert(&id, &Request { issued_ns, class, zero: 0 }, 0).is_err() {
+    fn remember(&self, id: u64, issued_ns: u64, class: u32, sectors: u32) {
+        if self.requests.insert(&id, &Request { issued_ns, class, sectors }, 0).is_err() {
             self.count(counter::MAP_FULL);
             if issued_ns != 0 {
                 self.leave(class);

@@ -34,7 +34,7 @@ pub fn block_rq_merge(ctx: RawTracePointContext) -> i32 {
 pub fn block_rq_issue(ctx: RawTracePointContext) -> i32 {
     let request = request(&ctx);
     if is_of_interest(disk(request)) {
-        MAPS.issue(request, operation(read(request, offset(offset::FLAGS))));
+        MAPS.issue(request, operation(read(request, offset(offset::FLAGS))), 0);
     }
     0
 }
