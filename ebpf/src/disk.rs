@@ -109,6 +109,16 @@ pub enum DiskError {
     },
 }
 
+/// The tier that disks would be looked at with here, and why each better one would not.
+///
+/// # Errors
+/// [`DiskError::Refused`] if there is none.
+pub fn best_tier() -> Result<(Tier, Vec<Refusal<Tier>>), DiskError> {
+    let found = first_of(Tier::ALL, |tier| tier.attach(&[], 0));
+    let (tier, _, refusals) = found.map_err(|refusals| DiskError::Refused { refusals })?;
+    Ok((tier, refusals))
+}
+
 /// The probe of some disks; dropping it detaches it.
 pub struct DiskProbe {
     object: Ebpf,

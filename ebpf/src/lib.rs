@@ -51,4 +51,4 @@ pub use probes::Controls;
 pub use probes::{Options, ProbeError, Probes};
 pub use ranges::Range;
 pub use reading::{Histogram, Kind, Lost, Mode, Period, Reading, Stalls, Summary, ThreadStalls};
-pub use tier::{Cause, Refusal, Tier};
+pub use tier::{Cause, Refusal, Tier, join};

@@ -117,9 +117,18 @@ pub fn first_of<T: Copy + fmt::Debug + fmt::Display, A>(
     Err(refusals)
 }
 
-/// All of them in one line.
+/// All of them in one line; a cause that several share is told once.
 pub fn join<T: fmt::Debug + fmt::Display>(refusals: &[Refusal<T>]) -> String {
-    let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
+    let mut causes: Vec<(String, String)> = Vec::new();
+    for Refusal { tier, cause } in refusals {
+        let cause = cause.to_string();
+        match causes.iter_mut().find(|(_, known)| *known == cause) {
+            Some((tiers, _)) => *tiers += &format!(", {tier}"),
+            None => causes.push((tier.to_string(), cause)),
+        }
+    }
+    let texts: Vec<String> =
+        causes.into_iter().map(|(tiers, cause)| format!("{tiers}: {cause}")).collect();
     texts.join("; ")
 }
 
@@ -511,4 +520,23 @@ pub(crate) fn refused_load(program: &'static str) -> impl FnOnce(ProgramError) -
 /// What a program that the kernel does not attach is reported as.
 pub(crate) fn refused_attach(program: &'static str) -> impl FnOnce(ProgramError) -> Cause {
     move |source| Cause::Attach { program, source: Box::new(source) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_that_tiers_share_is_told_once() {
+        let refusal = |tier, cause| Refusal { tier, cause };
+        let field = Cause::NoField { field: "vm_fault.flags" };
+        let refusals = [
+            refusal(Tier::Fentry, Cause::NotBuilt),
+            refusal(Tier::TpBtf, field),
+            refusal(Tier::RawTp, Cause::NotBuilt),
+        ];
+        let text = join(&refusals);
+        assert!(text.starts_with("fentry, raw-tp: livesnap was built without"), "{text}");
+        assert!(text.ends_with("; tp-btf: the kernel's type information knows no vm_fault.flags"));
+    }
 }

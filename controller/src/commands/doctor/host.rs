@@ -1,12 +1,13 @@
 //! What is found on the host. Asking and judging are apart: what is judged can be made up in tests.
 
+use std::fmt::{Debug, Display};
 use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use livesnap_ebpf::disk::{DiskError, DiskProbe};
-use livesnap_ebpf::{ProbeError, Probes};
+use livesnap_ebpf::disk::{self, DiskError};
+use livesnap_ebpf::{Cause, DeviceError, Disk, ProbeError, Probes, Refusal};
 use procfs::Current as _;
 use procfs::process::Process;
 use snapshot_core::host::{self, Access, Userfaultfd};
@@ -26,6 +27,7 @@ const QEMU_MAJOR_MIN: u32 = 9;
 const QEMU: &str = "qemu-system-x86_64";
 
 const AS_ROOT: &str = "run livesnap as root";
+const TO_PROBE: &str = "run livesnap as root, or give it CAP_BPF and CAP_PERFMON";
 
 /// Everything but the destination.
 pub fn look() -> Vec<Finding> {
@@ -45,6 +47,7 @@ pub fn look() -> Vec<Finding> {
         ),
         qemu(qemu_version()),
         probes(&Probes::attach(std::process::id(), &[], &livesnap_ebpf::Options::default())),
+        disk_probe(&disk::best_tier()),
     ]
 }
 
@@ -55,7 +58,7 @@ pub fn look_at_destination(out: &Path) -> Vec<Finding> {
     vec![
         direct_io(existing, host::direct_io(existing)),
         space(existing),
-        disk_probe(&DiskProbe::attach(existing, std::process::id())),
+        disks(&Disk::of(existing)),
     ]
 }
 
@@ -235,34 +238,54 @@ fn qemu(version: Option<String>) -> Finding {
 fn probes(attached: &Result<Probes, ProbeError>) -> Finding {
     const SUBJECT: &str = "probes";
     match attached {
-        Ok(probes) => {
-            let refused: String =
-                probes.refusals().iter().map(|refusal| format!("; not {refusal}")).collect();
-            Finding::ok(SUBJECT, format!("{}{refused}", probes.tier()))
+        Ok(probes) => tier(SUBJECT, probes.tier(), probes.refusals()),
+        Err(ProbeError::Refused { refusals }) => {
+            no_tier(SUBJECT, refusals, "the time that the guest's threads waited")
         }
-        Err(error) => Finding::degraded(
-            SUBJECT,
-            format!("{error}: reports lack the time that the guest's threads waited"),
-            "run livesnap as root, or give it CAP_BPF and CAP_PERFMON",
-        ),
+        Err(error) => Finding::degraded(SUBJECT, error.to_string(), TO_PROBE),
     }
 }
 
-fn disk_probe(attached: &Result<DiskProbe, DiskError>) -> Finding {
+fn disk_probe(best: &Result<(disk::Tier, Vec<Refusal<disk::Tier>>), DiskError>) -> Finding {
     const SUBJECT: &str = "disk probe";
-    match attached {
-        Ok(probe) => {
-            let names: Vec<&str> = probe.disks().iter().map(|disk| disk.name.as_str()).collect();
-            Finding::ok(SUBJECT, format!("{} on {}", probe.tier(), names.join(", ")))
+    match best {
+        Ok((best, refusals)) => tier(SUBJECT, *best, refusals),
+        Err(DiskError::Refused { refusals }) => no_tier(SUBJECT, refusals, "what the disk did"),
+        Err(error) => Finding::degraded(SUBJECT, error.to_string(), TO_PROBE),
+    }
+}
+
+/// The tier that there is, and why no better one.
+fn tier<T: Debug + Display>(subject: &'static str, tier: T, refusals: &[Refusal<T>]) -> Finding {
+    let found = match refusals {
+        [] => tier.to_string(),
+        _ => format!("{tier}; not {}", livesnap_ebpf::join(refusals)),
+    };
+    Finding::ok(subject, found)
+}
+
+/// None, so that reports lack what it would have told.
+fn no_tier<T: Debug + Display>(
+    subject: &'static str,
+    refusals: &[Refusal<T>],
+    lacking: &str,
+) -> Finding {
+    if refusals.iter().all(|refusal| matches!(refusal.cause, Cause::NotBuilt)) {
+        let found = format!("livesnap was built without BPF programs: reports lack {lacking}");
+        return Finding::degraded(subject, found, "run `cargo xtask setup`, and build it again");
+    }
+    let found = format!("{}: reports lack {lacking}", livesnap_ebpf::join(refusals));
+    Finding::degraded(subject, found, TO_PROBE)
+}
+
+fn disks(found: &Result<Vec<Disk>, DeviceError>) -> Finding {
+    const SUBJECT: &str = "disks";
+    match found {
+        Ok(disks) => {
+            let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
+            Finding::ok(SUBJECT, names.join(", "))
         }
-        Err(error @ DiskError::NoDisk(_)) => {
-            Finding::ok(SUBJECT, format!("{error}: reports do not tell of it"))
-        }
-        Err(error) => Finding::degraded(
-            SUBJECT,
-            format!("{error}: reports lack what the disk did"),
-            "run livesnap as root, or give it CAP_BPF and CAP_PERFMON",
-        ),
+        Err(error) => Finding::ok(SUBJECT, format!("{error}: reports do not tell of it")),
     }
 }
 
@@ -374,6 +397,19 @@ mod tests {
         assert_eq!(verdict(&same_page_merging(Some("0"))), Fit);
         assert_eq!(verdict(&memory(Some(32 << 30), 1 << 30)), Fit);
         assert_eq!(verdict(&memory(Some(640 << 20), 64 << 20)), Degraded);
+    }
+
+    #[test]
+    fn missing_programs_are_told_once_with_their_own_remedy() {
+        let refusal = |tier, cause| Refusal { tier, cause };
+        let all = livesnap_ebpf::Tier::ALL.map(|tier| refusal(tier, Cause::NotBuilt));
+        let finding = no_tier("probes", &all, "all");
+        assert_eq!(verdict(&finding), Degraded);
+        assert_eq!(finding.found.matches("without BPF programs").count(), 1, "{finding:?}");
+        assert_ne!(finding.remedy.as_deref(), Some(TO_PROBE));
+        let one = [refusal(livesnap_ebpf::Tier::Fentry, Cause::NoField { field: "a.b" })];
+        assert_eq!(no_tier("probes", &one, "all").remedy.as_deref(), Some(TO_PROBE));
+        assert_eq!(verdict(&tier("probes", livesnap_ebpf::Tier::TpBtf, &one)), Fit);
     }
 
     #[test]
