@@ -43,6 +43,7 @@ mod histogram;
 pub mod host;
 pub mod image;
 pub mod mappings;
+mod pace;
 mod pagemap;
 mod priority;
 mod protection;

@@ -13,6 +13,7 @@
 //! looks like a snapshot. [`snapshot`] runs on the caller's thread; its own threads end before it returns.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,7 @@ use crate::buffer::{Buffer, EXTENT_BYTES};
 use crate::capture::{CaptureError, Engine, Mode};
 use crate::image::{self, FilePlan, ImageError, SnapshotFacts, Staging};
 use crate::mappings::{self, MappingError, MappingKind, RamMapping};
+use crate::pace::Pace;
 use crate::pagemap::Pagemap;
 use crate::protection::{ProtectedRam, RegisterError};
 use crate::ram::RamLayout;
@@ -58,6 +60,9 @@ pub struct Options {
     pub buffer_bytes: u64,
     /// Moves that bound while the session runs.
     pub buffer_limit: BufferLimit,
+    /// Most bytes to write a second; nothing means as fast as the disk takes them. What the guest touches has to be
+    /// written too: below the rate at which it does, the buffer fills, and then the guest's writes wait.
+    pub max_bandwidth: Option<NonZeroU64>,
     /// Userfaultfd contexts, each with a fault thread; nothing means one for every four virtual CPUs.
     pub contexts: Option<usize>,
     /// Longest pause; beyond it the guest is resumed and the session fails.
@@ -82,6 +87,7 @@ impl Default for Options {
         Self {
             buffer_bytes: 256 << 20,
             buffer_limit: BufferLimit::default(),
+            max_bandwidth: None,
             contexts: None,
             pause_limit: Duration::from_secs(2),
             #[cfg(feature = "controls")]
@@ -497,7 +503,9 @@ impl Session<'_> {
             .map_err(|error| system("make an eventfd")(error.into()))?;
         let storage_name = storage.name();
         let (frozen, stored, times) = std::thread::scope(|scope| {
-            let threads = Threads::start(scope, engine, &stop, &mut *storage, plan)?;
+            let pace = self.options.max_bandwidth.map(|limit| Pace::new(limit, Instant::now()));
+            let write = || writer::run(engine, &mut *storage, plan, pace);
+            let threads = Threads::start(scope, engine, &stop, write)?;
             let prepared = Instant::now();
             self.arm(vmm, engine)?;
             let armed = Instant::now();
@@ -774,16 +782,14 @@ impl<'scope, 'env> Threads<'scope, 'env> {
         scope: &'scope Scope<'scope, 'env>,
         engine: &'env Engine,
         stop: &'env OwnedFd,
-        storage: &'scope mut dyn Storage,
-        plan: &'scope FilePlan,
+        write: impl FnOnce() -> Stored + Send + 'scope,
     ) -> Result<Self, Cause> {
         let mut threads = Self { engine, stop, faults: Vec::new(), writer: None };
         for context in 0..engine.ram.contexts.len() {
             let run = move || fault::run(engine, context, stop.as_fd());
             threads.faults.push(spawn(scope, "fault", run)?);
         }
-        let run = move || writer::run(engine, storage, plan);
-        threads.writer = Some(spawn(scope, "writer", run)?);
+        threads.writer = Some(spawn(scope, "writer", write)?);
         Ok(threads)
     }
 

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use crate::address::{PAGE_BYTES, as_index};
 use crate::buffer::Extent;
 use crate::capture::{CaptureError, Counters, Engine, PanicReport};
 use crate::image::FilePlan;
+use crate::pace::Pace;
 use crate::priority;
 use crate::storage::{DEPTH, Storage};
 use crate::sys::uring::Write;
@@ -17,6 +19,9 @@ const PAGE: usize = as_index(PAGE_BYTES);
 
 /// Zero pages between two others that are written along rather than making two writes of one.
 const ZERO_PAGES_WRITTEN_ALONG: usize = 8;
+
+/// Longest rest of a writer that is kept to a rate before it looks whether the session has ended.
+const REST_MAX: Duration = Duration::from_millis(10);
 
 /// What is in the RAM file, page by page; indexed by [`PageIndex`](crate::address::PageIndex).
 pub struct Stored {
@@ -30,7 +35,12 @@ pub struct Stored {
 ///
 /// # Errors
 /// None itself: a failure ends the engine, and the result is then not complete.
-pub fn run(engine: &Engine, storage: &mut dyn Storage, plan: &FilePlan) -> Stored {
+pub fn run(
+    engine: &Engine,
+    storage: &mut dyn Storage,
+    plan: &FilePlan,
+    pace: Option<Pace>,
+) -> Stored {
     let _report = PanicReport { engine, thread: "writer" };
     priority::lower();
     let slots = as_index(engine.ram.layout.page_slots());
@@ -38,6 +48,7 @@ pub fn run(engine: &Engine, storage: &mut dyn Storage, plan: &FilePlan) -> Store
         engine,
         storage,
         plan,
+        pace,
         stored: Stored { bitmap: vec![0; slots.div_ceil(64)], checksums: vec![0; slots] },
         in_flight: HashMap::with_capacity(DEPTH as usize),
         next_token: 0,
@@ -59,6 +70,7 @@ struct Writer<'a> {
     engine: &'a Engine,
     storage: &'a mut dyn Storage,
     plan: &'a FilePlan,
+    pace: Option<Pace>,
     stored: Stored,
     /// Extents with writes that are not complete, by token.
     in_flight: HashMap<u64, InFlight>,
@@ -74,6 +86,15 @@ impl Writer<'_> {
                 return Ok(());
             }
             let may_wait = self.in_flight.is_empty();
+            let rest = self.pace.as_ref().map_or(Duration::ZERO, |pace| pace.wait(Instant::now()));
+            if !rest.is_zero() {
+                if may_wait {
+                    std::thread::sleep(rest.min(REST_MAX));
+                } else {
+                    self.complete(true)?;
+                }
+                continue;
+            }
             match self.engine.buffer.next_filled(may_wait) {
                 Some(extent) => self.write(extent)?,
                 None if may_wait => return Ok(()),
@@ -129,6 +150,9 @@ impl Writer<'_> {
             return Ok(());
         }
         counters.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(pace) = &mut self.pace {
+            pace.add(bytes, Instant::now());
+        }
         self.in_flight.insert(token, InFlight { extent, writes, bytes });
         for (range, offset) in ranges {
             while self.storage.in_flight() >= DEPTH as usize {

@@ -1,5 +1,6 @@
 //! `livesnap snapshot`: take a snapshot of a running QEMU.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -25,6 +26,7 @@ Examples:
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1-monday
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --buffer 2GiB --json
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --no-disks
+  livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --max-bandwidth 200MiB
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --min-cpu 50% --deadline 5m
 
 The guest pauses for some milliseconds and runs on while its memory is saved. Each writable disk goes on in a
@@ -57,6 +59,10 @@ pub struct Args {
     /// memory, at most 1GiB]
     #[arg(long, value_name = "SIZE")]
     buffer: Option<ByteSize>,
+    /// Most bytes to write a second, to leave others their share of the disk; what the guest writes has to be saved too,
+    /// so much less than that makes it wait [default: as fast as the disk takes them]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
+    max_bandwidth: Option<NonZeroU64>,
     /// Longest pause; beyond it the guest is continued and the snapshot fails
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = humantime::parse_duration)]
     pause_limit: Duration,
@@ -94,6 +100,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     let options = Options {
         buffer_bytes: args.buffer.map_or_else(default_buffer_bytes, |size| size.as_u64()),
+        max_bandwidth: args.max_bandwidth,
         pause_limit: args.pause_limit,
         ..Options::default()
     };
@@ -221,6 +228,13 @@ pub fn default_buffer_bytes() -> u64 {
     use procfs::Current as _;
     let available = procfs::Meminfo::current().ok().and_then(|memory| memory.mem_available);
     (available.unwrap_or(0) / 10).clamp(4 * BUFFER_BYTES_MIN, 1 << 30)
+}
+
+/// Bytes a second, of which there must be some.
+fn parse_bandwidth(text: &str) -> Result<NonZeroU64, String> {
+    let size: ByteSize = text.parse()?;
+    NonZeroU64::new(size.as_u64())
+        .ok_or_else(|| "at this rate there would never be a snapshot".into())
 }
 
 /// A process id.

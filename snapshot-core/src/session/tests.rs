@@ -249,3 +249,50 @@ fn without_protection_neither_is() {
     let expected = (0..pages).map(|page| if page < pages * 3 / 4 { 4 } else { 3 });
     assert!(words.into_iter().eq(expected), "two rounds later");
 }
+
+/// A session of 16 MiB, kept to so many bytes a second.
+fn limited(
+    bytes_per_s: u64,
+    cancel: &Cancel,
+    observe: &mut dyn FnMut(&Progress),
+) -> Result<Report, SessionError> {
+    let guest = Sparse(TestMemory::map(Kind::Anonymous, 4096).unwrap());
+    let max_bandwidth = NonZeroU64::new(bytes_per_s);
+    let options = Options { max_bandwidth, pause_limit: DEADLINE, ..Options::default() };
+    let dir = tempfile::tempdir().unwrap();
+    snapshot(&mut GuestVmm(guest), dir.path(), &options, cancel, observe)
+}
+
+#[test]
+fn no_more_is_written_than_the_limit_allows() {
+    if !privileged() {
+        return;
+    }
+    let bytes_per_s = 16 << 20;
+    let (mut begun, mut ended) = (None, None);
+    let report = limited(bytes_per_s, &Cancel::default(), &mut |progress| match progress.phase {
+        Phase::Copying => drop(begun.get_or_insert_with(Instant::now)),
+        Phase::Committing => drop(ended.get_or_insert_with(Instant::now)),
+        _ => {}
+    });
+    // What is written last is not waited for, and a burst may come first.
+    let waited_for = report.unwrap().stored_bytes - EXTENT_BYTES as u64 - bytes_per_s / 50;
+    let took = ended.unwrap() - begun.unwrap();
+    assert!(took.as_secs_f64() * bytes_per_s as f64 >= waited_for as f64, "{took:?}");
+}
+
+#[test]
+fn a_session_that_rests_can_be_cancelled() {
+    if !privileged() {
+        return;
+    }
+    for phase in [Phase::Copying, Phase::Draining] {
+        let cancel = Cancel::default();
+        let error = limited(1, &cancel, &mut |progress| {
+            if progress.phase == phase {
+                cancel.cancel();
+            }
+        });
+        assert_eq!(error.unwrap_err().reason(), Reason::Cancelled);
+    }
+}
