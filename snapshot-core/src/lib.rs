@@ -33,12 +33,14 @@
 
 pub mod address;
 mod arm;
+pub mod bandwidth;
 mod buffer;
 mod capture;
 mod chunk;
 pub mod dirty_rate;
 mod fault;
 mod first_touch;
+pub mod footprint;
 mod histogram;
 pub mod host;
 pub mod image;

@@ -15,7 +15,6 @@
 use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};
@@ -30,6 +29,7 @@ use crate::address::PAGE_BYTES;
 use crate::arm::{self, Rounds};
 use crate::buffer::{Buffer, EXTENT_BYTES};
 use crate::capture::{CaptureError, Engine, Mode};
+use crate::footprint::size_max_bytes;
 use crate::image::{self, FilePlan, ImageError, SnapshotFacts, Staging};
 use crate::mappings::{self, MappingError, MappingKind, RamMapping};
 use crate::pace::Pace;
@@ -845,36 +845,20 @@ fn check_mappings(mappings: &[RamMapping]) -> Result<(), Cause> {
     Ok(())
 }
 
-/// What the snapshot may need at most: all memory that exists, and the tables.
+/// Refuses a destination that has no room for what the snapshot may need at most.
 fn check_space(
     pid: Pid,
     layout: &RamLayout,
     mappings: &[RamMapping],
     destination: &Path,
 ) -> Result<(), Cause> {
-    let populated: u64 = mappings.iter().map(|mapping| populated_bytes(pid, mapping)).sum();
-    let total_bytes = layout.total_bytes();
-    // A bit and a checksum of four bytes for each page; alignment, device state and manifest.
-    let tables_bytes = total_bytes / PAGE_BYTES / 8 + total_bytes / PAGE_BYTES * 4;
-    let blocks = layout.blocks().len() as u64;
-    let needed_bytes = populated.min(total_bytes) + tables_bytes + (blocks + 4) * (1 << 20);
+    let needed_bytes = size_max_bytes(pid, layout, mappings);
     let parent = destination.parent().unwrap_or(destination);
     let free_bytes = image::free_bytes(parent)?;
     if needed_bytes > free_bytes {
         return Err(Cause::NoSpace { path: parent.into(), needed_bytes, free_bytes });
     }
     Ok(())
-}
-
-/// Memory in a mapping that exists. Of shared memory this process may have mapped only a part.
-fn populated_bytes(pid: Pid, mapping: &RamMapping) -> u64 {
-    if mapping.kind != MappingKind::SharedMemory {
-        return mapping.rss_bytes;
-    }
-    let (start, end) = (mapping.start.0, mapping.end().0);
-    std::fs::metadata(format!("/proc/{}/map_files/{start:x}-{end:x}", pid.as_raw_pid()))
-        .map_or(mapping.len_bytes, |file| (file.blocks() * 512).min(mapping.len_bytes))
-        .max(mapping.rss_bytes)
 }
 
 struct Lap(Instant);

@@ -61,7 +61,7 @@ impl Observation {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "an estimate needs no more than 52 bits")]
-const fn float(number: u64) -> f64 {
+pub const fn float(number: u64) -> f64 {
     number as f64
 }
 

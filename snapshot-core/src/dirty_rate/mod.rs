@@ -28,6 +28,7 @@ mod sampler;
 use std::io;
 
 pub use estimate::Estimate;
+pub(crate) use sample::Random;
 pub use sampler::{Sampler, SamplerOptions, Window};
 
 use crate::Reason;

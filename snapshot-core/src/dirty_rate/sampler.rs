@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::DirtyRateError;
-use super::estimate::{Estimate, Observation, estimate};
+use super::estimate::{Estimate, Observation, estimate, float};
 use super::sample::{CHUNK_BYTES, Chunk, Strata, divide};
 use crate::Cancel;
 use crate::address::{HostVirtAddr, PAGE_BYTES, as_index};
@@ -80,6 +80,9 @@ pub struct Window {
     pub sampled_huge_bytes: u64,
     /// Bytes of all memory, in whole chunks.
     pub ram_bytes: u64,
+    /// Rate at which pages were first written to in the second half of the window, as a share of that in the first: below 1
+    /// where the guest mostly returns to the same pages. Nothing if nothing was written to in the first half.
+    pub fresh_ratio: Option<f64>,
 }
 
 /// A process whose memory can be watched.
@@ -152,13 +155,23 @@ impl Sampler {
             watched.push((draw.stands_for, target.watch(chunk, self.is_protecting)?));
             target.serve(&watched)?;
         }
+        if !target.serve_until(deadline - length / 2, &watched, cancel)? {
+            return Ok(None);
+        }
+        let mut first_half = Seen::default();
+        for (stands_for, chunk) in &watched {
+            first_half.add(*stands_for, chunk.written()?);
+            target.serve(&watched)?;
+        }
         if !target.serve_until(deadline, &watched, cancel)? {
             return Ok(None);
         }
+        let mut whole = Seen::default();
         let mut sample = Vec::with_capacity(watched.len());
         let (mut sampled_bytes, mut sampled_huge_bytes) = (0, 0);
         for (stands_for, chunk) in &watched {
             let (written_bytes, window) = chunk.written()?;
+            whole.add(*stands_for, (written_bytes, window));
             sample.push(Observation { stands_for: *stands_for, written_bytes, window });
             sampled_bytes += chunk.chunk.len_bytes;
             sampled_huge_bytes += if chunk.waits { chunk.chunk.len_bytes } else { 0 };
@@ -172,7 +185,30 @@ impl Sampler {
             sampled_bytes,
             sampled_huge_bytes,
             ram_bytes: self.ram_bytes,
+            fresh_ratio: whole.fresh_ratio(&first_half),
         }))
+    }
+}
+
+/// What was written to in a part of a window, in all chunks of the sample together.
+#[derive(Default)]
+struct Seen {
+    bytes: f64,
+    time: Duration,
+}
+
+impl Seen {
+    fn add(&mut self, stands_for: u64, (bytes, time): (u64, Duration)) {
+        self.bytes += float(stands_for * bytes);
+        self.time += time;
+    }
+
+    /// Rate after `first_half`, as a share of that in it.
+    fn fresh_ratio(&self, first_half: &Self) -> Option<f64> {
+        let (before, after) = (first_half.time, self.time.saturating_sub(first_half.time));
+        let first = first_half.bytes / before.as_secs_f64();
+        let second = (self.bytes - first_half.bytes).max(0.0) / after.as_secs_f64();
+        Some(second / first).filter(|ratio| ratio.is_finite())
     }
 }
 
@@ -430,9 +466,32 @@ mod tests {
             assert_eq!(written, 6, "{window:?}");
         }
         assert!(written >= 6, "{window:?}");
+        assert!(window.fresh_ratio.unwrap() < 0.1, "the same pages over and over: {window:?}");
         let (window, written) = look(&mut sampler, || {});
-        assert_eq!(written, 0, "{window:?}");
+        assert_eq!((written, window.fresh_ratio), (0, None), "{window:?}");
         assert!(!is_registered(pages.as_flattened()));
+    }
+
+    #[test]
+    fn a_writer_that_comes_to_new_pages_all_the_while_looks_fresh() {
+        if !can_track() {
+            return;
+        }
+        let mut bytes = vec![0; 64 << 20];
+        let pages = untouched(&mut bytes);
+        pages.iter_mut().for_each(|page| page[0] = 1);
+        let mut sampler = sampler_of(pages.as_flattened());
+        let mut next = 0;
+        let (window, _) = look(&mut sampler, || {
+            pages[next % pages.len()][0] = 2;
+            next += 1;
+            // As long as it takes to go some way through memory in the window, and not to its end.
+            let until = Instant::now() + Duration::from_micros(50);
+            while Instant::now() < until {}
+        });
+        let ratio = window.fresh_ratio.unwrap();
+        // In huge pages, or on a host that leaves the writer no processor for a while, it is coarse.
+        assert!(ratio > 0.4 && ratio < 2.5, "{window:?}");
     }
 
     #[test]
