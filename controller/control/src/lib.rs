@@ -32,7 +32,7 @@ mod step;
 pub mod vcpu;
 
 pub use forecast::Forecast;
-pub use plan::{Plan, PlanInputs, plan};
+pub use plan::{Plan, PlanInputs, Verdict, plan};
 pub use policy::{OnInfeasible, Policy, PolicyError};
 pub use sample::{Absurdity, Host, Sample, Stall};
 pub use step::{Abort, AbortReason, Because, Command, Controller, TICK_S};
