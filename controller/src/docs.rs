@@ -59,7 +59,7 @@ fn every_reason_is_documented() {
          | {FAILED} | failed, or not sound |\n\
          | 2 | wrong usage |\n\
          | {REFUSED} | refused before anything was touched |\n\
-         | {GIVEN_UP} | given up, because the limits could not be kept |\n\
+         | {GIVEN_UP} | given up, or not begun, because the limits cannot be kept |\n\
          | {CANCELLED} | interrupted (reason `{}`) |\n\n\
          | reason | meaning |\n| --- | --- |\n",
         Reason::Cancelled

@@ -9,7 +9,7 @@ use snapshot_core::{Phase, Reason, SessionError};
 pub const FAILED: u8 = 1;
 /// It was not tried.
 pub const REFUSED: u8 = 3;
-/// Given up, because the operator's limits could not be kept.
+/// Given up, or not begun, because the operator's limits cannot be kept.
 pub const GIVEN_UP: u8 = 4;
 /// Interrupted by a signal, as shells tell it.
 pub const CANCELLED: u8 = 130;

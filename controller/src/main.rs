@@ -12,6 +12,7 @@ mod disk;
 #[cfg(test)]
 mod docs;
 mod failure;
+mod forecast;
 mod measures;
 mod output;
 mod probes;

@@ -159,7 +159,7 @@ fn a_snapshot_that_cannot_keep_its_limits_is_given_up_early() {
     let out = dir.path().join("snapshot");
     let record = dir.path().join("record");
     let mut command = snapshot_command(&qemu, &out, &["--buffer=64MiB", "--min-cpu=90%"]).unwrap();
-    command.args(["--on-infeasible=abort", "--stall-limit=1m"]);
+    command.args(["--on-infeasible=abort", "--stall-limit=1m", "--force"]);
     command.arg("--state-dir").arg(&state_dir).arg("--record").arg(&record);
     let began = Instant::now();
     let ended = Running::start(slow.command(&command)).unwrap().wait().unwrap();

@@ -6,6 +6,7 @@ mod demo;
 mod doctor;
 mod guard;
 mod inspect;
+mod plan;
 mod restore;
 mod snapshot;
 mod verify;
@@ -32,6 +33,7 @@ pub enum Command {
     Demo(demo::Args),
     Doctor(doctor::Args),
     Watch(watch::Args),
+    Plan(plan::Args),
     Snapshot(snapshot::Args),
     Restore(restore::Args),
     /// Check a snapshot's checksums and structure, and that its disk images are unchanged
@@ -59,6 +61,7 @@ impl Command {
             Self::Demo(args) => demo::run(&args),
             Self::Doctor(args) => doctor::run(args),
             Self::Watch(args) => watch::run(args),
+            Self::Plan(args) => plan::run(&args),
             Self::Snapshot(args) => snapshot::run(args),
             Self::Restore(args) => restore::run(args),
             Self::Verify(args) => verify::run(&args),

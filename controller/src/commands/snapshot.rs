@@ -17,6 +17,7 @@ use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot}
 use super::guard;
 use crate::actuator;
 use crate::control_loop::{ControlLoop, PolicyArgs};
+use crate::forecast::{self, Effort, Forecast};
 use crate::measures::Measures;
 use crate::probes::Choice;
 use crate::{Failure, output, progress};
@@ -39,7 +40,7 @@ Exit codes:
   1    failed; the guest runs on and nothing that looks like a snapshot is left
   2    wrong usage
   3    refused before anything was touched; every reason and its remedy is told
-  4    given up, because the limits could not be kept; as 1
+  4    given up, or not begun, because the limits cannot be kept; as 1
   130  interrupted; as 1";
 
 /// Take a point-in-time snapshot of a running virtual machine
@@ -107,14 +108,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let outcome = QemuVmm::attach(qemu)
         .map_err(|error| Failure::refused(error.reason(), error))
         .and_then(|mut vmm| {
+            let forecast = refuse_infeasible(&args, &mut vmm, options.buffer_bytes, &cancel)?;
             let measures = Measures::attach(args.probes, &mut vmm, &args.out);
             let (bytes, limit) = (options.buffer_bytes, &options.buffer_limit);
             let control = ControlLoop::new(&args.policy, bytes, &mut vmm, limit, &cancel)?;
-            Ok((vmm, measures, control))
+            Ok((vmm, forecast, measures, control))
         })
-        .map(|(mut vmm, mut measures, mut control)| {
+        .map(|(mut vmm, forecast, mut measures, mut control)| {
             let taken = take(&mut vmm, &args.out, &options, &cancel, &mut measures, &mut control);
-            Attempt { taken, measures, control }
+            Attempt { taken, forecast, measures, control }
         });
     tell(&args.out, outcome, args.json)
 }
@@ -122,8 +124,42 @@ pub fn run(args: Args) -> Result<(), Failure> {
 /// A snapshot that was tried, and what was seen and done meanwhile.
 struct Attempt {
     taken: Result<Report, Failure>,
+    /// Nothing where nothing could come of it, or it could not be made.
+    forecast: Option<Forecast>,
     measures: Measures,
     control: ControlLoop,
+}
+
+/// Forecasts the snapshot where that can change anything, and refuses it if the limits certainly cannot be kept.
+///
+/// # Errors
+/// If so, or if it was cancelled. What hinders only the forecast is no error: a snapshot that cannot be taken either
+/// says so itself.
+fn refuse_infeasible(
+    args: &Args,
+    vmm: &mut QemuVmm,
+    buffer_bytes: u64,
+    cancel: &Cancel,
+) -> Result<Option<Forecast>, Failure> {
+    let Some(policy) = args.policy.to_forecast(buffer_bytes) else { return Ok(None) };
+    let made = forecast::footprint(vmm).and_then(|memory| {
+        if forecast::is_trivial(&memory, &policy) {
+            return Ok(None);
+        }
+        forecast::forecast(vmm, memory, &args.out, policy, &Effort::BRIEF, cancel).map(Some)
+    });
+    match made {
+        Ok(forecast) => {
+            let hint = "; nothing was begun, and --force begins all the same";
+            let infeasible = forecast.as_ref().and_then(|forecast| forecast.infeasible(hint));
+            infeasible.map_or(Ok(forecast), Err)
+        }
+        Err(failure) if failure.reason == Reason::Cancelled => Err(failure),
+        Err(failure) => {
+            tracing::info!(%failure, "there is no forecast");
+            Ok(None)
+        }
+    }
 }
 
 /// Takes a snapshot with a progress bar, measures, and keeps the limits.
@@ -158,7 +194,7 @@ fn tell(
             Err(failure) => failure.json(),
         })?;
     }
-    let Attempt { taken, measures, control } = outcome?;
+    let Attempt { taken, measures, control, .. } = outcome?;
     let report = taken?;
     if !as_json {
         let mut rows = measures.rows();
@@ -182,6 +218,7 @@ impl Attempt {
             Ok(report) => json!({"outcome": "completed", "directory": out, "report": report}),
             Err(failure) => failure.json(),
         };
+        value["forecast"] = self.forecast.as_ref().map(Forecast::json).into();
         value["control"] = self.control.json();
         if self.taken.is_ok() {
             for (name, measured) in self.measures.json() {

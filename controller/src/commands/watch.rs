@@ -146,7 +146,7 @@ fn unix_ms() -> u64 {
 }
 
 /// A duration in which something can be seen.
-fn parse_interval(text: &str) -> Result<Duration, String> {
+pub fn parse_interval(text: &str) -> Result<Duration, String> {
     const MIN: Duration = Duration::from_millis(10);
     let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if interval < MIN { Err("must be at least 10ms".into()) } else { Ok(interval) }

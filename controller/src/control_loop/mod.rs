@@ -30,8 +30,9 @@ use crate::actuator::Throttle;
 use crate::probes::SnapshotProbes;
 use crate::scheduling::Threads;
 
-use account::{Account, abort_in_words, percent, whole};
-pub use policy::{PolicyArgs, Rule, StateArgs};
+use account::{Account, abort_in_words};
+pub use account::{percent, reason, whole};
+pub use policy::{LimitArgs, PolicyArgs, Rule, StateArgs};
 use record::{Recorder, Tick};
 
 /// Progress that comes sooner than this after the last decision brings nothing new.
@@ -250,7 +251,7 @@ impl Acting {
         if let Some(abort) = command.abort {
             self.account.abort = Some(abort);
             let text = abort_in_words(&abort, command, min_cpu_ratio);
-            self.cancel.abort(Abort { reason: account::reason(abort.reason), text });
+            self.cancel.abort(Abort { reason: reason(abort.reason), text });
         }
     }
 

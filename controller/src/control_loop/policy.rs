@@ -9,10 +9,9 @@ use livesnap_control::{OnInfeasible, Policy};
 
 use crate::actuator::{self, SHARE_MIN};
 
-/// Limits of a snapshot, and how they are kept.
+/// Limits of a snapshot.
 #[derive(clap::Args)]
-#[command(next_help_heading = "Limits, and how they are kept")]
-pub struct PolicyArgs {
+pub struct LimitArgs {
     /// Longest wait of 99 in 100 of the guest's writes, as probes measure it
     #[arg(long, value_name = "DURATION", default_value = "10ms", value_parser = humantime::parse_duration)]
     stall_limit: Duration,
@@ -22,9 +21,20 @@ pub struct PolicyArgs {
     /// Longest time until all memory is saved
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     deadline: Option<Duration>,
+}
+
+/// Limits of a snapshot, and how they are kept.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Limits, and how they are kept")]
+pub struct PolicyArgs {
+    #[command(flatten)]
+    limits: LimitArgs,
     /// What to do if these limits cannot be kept
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = Infeasible::Abort, overrides_with = "on_infeasible")]
     on_infeasible: Infeasible,
+    /// Begin even if it is forecast that the limits cannot be kept
+    #[arg(long)]
+    force: bool,
     /// Slow the guest down to this share of its CPU time while its memory is saved, whatever is forecast
     #[arg(long, value_name = "SHARE", value_parser = parse_share, conflicts_with = "no_control")]
     fixed_cpu: Option<f64>,
@@ -73,6 +83,19 @@ pub enum Rule {
     Limits(Policy),
 }
 
+impl LimitArgs {
+    /// The policy that gives a snapshot up which cannot keep them, with a buffer of at most `buffer_bytes`.
+    pub fn policy(&self, buffer_bytes: u64) -> Policy {
+        Policy {
+            buffer_bytes_max: buffer_bytes,
+            fault_stall_max_ns: nanos(self.stall_limit),
+            min_cpu_ratio: self.min_cpu,
+            deadline_ns: self.deadline.map(nanos),
+            on_infeasible: OnInfeasible::Abort,
+        }
+    }
+}
+
 impl PolicyArgs {
     /// The rule, with a buffer of at most `buffer_bytes`.
     pub fn rule(&self, buffer_bytes: u64) -> Rule {
@@ -82,15 +105,22 @@ impl PolicyArgs {
             // Too little to forecast anything by: writes that find no room wait.
             None if buffer_bytes < BUFFER_BYTES_MIN => Rule::None,
             None => Rule::Limits(Policy {
-                buffer_bytes_max: buffer_bytes,
-                fault_stall_max_ns: nanos(self.stall_limit),
-                min_cpu_ratio: self.min_cpu,
-                deadline_ns: self.deadline.map(nanos),
                 on_infeasible: match self.on_infeasible {
                     Infeasible::Abort => OnInfeasible::Abort,
                     Infeasible::Wait => OnInfeasible::Wait,
                 },
+                ..self.limits.policy(buffer_bytes)
             }),
+        }
+    }
+
+    /// The limits that have to be forecast before a snapshot is begun; nothing where the forecast changes nothing.
+    pub fn to_forecast(&self, buffer_bytes: u64) -> Option<Policy> {
+        match self.rule(buffer_bytes) {
+            Rule::Limits(policy) if policy.on_infeasible == OnInfeasible::Abort && !self.force => {
+                Some(policy)
+            }
+            _ => None,
         }
     }
 
@@ -120,16 +150,30 @@ fn parse_share(text: &str) -> Result<f64, String> {
 mod tests {
     use super::*;
 
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        policy: PolicyArgs,
+    }
+
     #[test]
     fn a_small_buffer_is_left_to_the_engine() {
-        #[derive(clap::Parser)]
-        struct Cli {
-            #[command(flatten)]
-            policy: PolicyArgs,
-        }
         let Cli { policy } = clap::Parser::parse_from(["livesnap"]);
         assert_eq!(policy.rule(BUFFER_BYTES_MIN - 1), Rule::None);
         assert!(matches!(policy.rule(BUFFER_BYTES_MIN), Rule::Limits(_)));
+    }
+
+    #[test]
+    fn only_what_a_forecast_can_change_is_forecast() {
+        let is_forecast = |arguments: &[&str]| {
+            let arguments = ["livesnap"].iter().chain(arguments);
+            let Cli { policy } = clap::Parser::parse_from(arguments);
+            policy.to_forecast(BUFFER_BYTES_MIN).is_some()
+        };
+        assert!(is_forecast(&[]));
+        for argument in ["--force", "--no-control", "--on-infeasible=wait", "--fixed-cpu=50%"] {
+            assert!(!is_forecast(&[argument]), "{argument}");
+        }
     }
 
     #[test]
