@@ -54,7 +54,7 @@ fn run() -> Result<()> {
             .args(words)
             .env_clear()
             .envs([
-                ("PATH", "/usr/bin"),
+                ("PATH", "/usr/sbin:/usr/bin:/bin"),
                 ("TMPDIR", "/var/tmp"),
                 ("REQUIRE_PRIVILEGED", "1"),
                 ("REQUIRE_KVM", "1"),

@@ -12,10 +12,18 @@ use livesnap_tests::kernel::Kernel;
 
 use crate::programs::Programs;
 
-/// For the disk, and for VMs within the VM: the processor that QEMU emulates is of AMD's kind.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "kvm_amd"];
+/// For the disk, for disks that are files, and for VMs within the VM: the processor that QEMU emulates is of AMD's kind.
+const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "loop", "kvm_amd"];
 /// What tests start besides the product.
-const TOOLS: [&str; 2] = ["/usr/bin/env", "/bin/true"];
+const TOOLS: [&str; 6] = [
+    "/usr/bin/env",
+    "/bin/true",
+    // For requests to disks.
+    "/bin/sh",
+    "/usr/bin/chrt",
+    "/usr/bin/fio",
+    "/usr/sbin/losetup",
+];
 
 /// The archive, with the tests whose names contain one of `filters`, if there are any.
 pub fn build(kernel: &Kernel, programs: &Programs, filters: &[String]) -> Result<Vec<u8>> {

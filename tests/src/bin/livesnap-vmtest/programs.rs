@@ -20,13 +20,17 @@ struct Wanted {
 /// What depends on the kernel and can do without QEMU. Left out are one test that knows no kernel and takes as long as all
 /// the others, and those that compare durations, which mean nothing under emulation. Those that attach probes run one by
 /// one: attaching and detaching loses what other threads wait for just then (see docs/probes.md).
-const WANTED: [Wanted; 7] = [
+const WANTED: [Wanted; 8] = [
     Wanted { name: "snapshot-core/snapshot_core", arguments: &["--skip=any_flipped_bit_is_found"] },
     Wanted { name: "snapshot-core/own_memory", arguments: &[] },
     Wanted { name: "livesnap-ebpf/stalls", arguments: &["--skip=own_clock", "--test-threads=1"] },
     Wanted { name: "livesnap-ebpf/tiers", arguments: &[] },
     Wanted { name: "livesnap-ebpf/kinds", arguments: &["--test-threads=1"] },
     Wanted { name: "livesnap-ebpf/refusals", arguments: &["--test-threads=1"] },
+    Wanted {
+        name: "livesnap-ebpf/disks",
+        arguments: &["--skip=latency_are_those", "--test-threads=1"],
+    },
     Wanted { name: "livesnap/demo", arguments: &[] },
 ];
 
@@ -120,7 +124,7 @@ mod tests {
             + &artifact(core, "own_memory", true, "/t/own_memory-1")
             + &artifact(controller, "livesnap", true, "/t/livesnap-1")
             + &artifact(controller, "livesnap", false, "/t/livesnap");
-        for probes in ["stalls", "tiers", "kinds", "refusals"] {
+        for probes in ["stalls", "tiers", "kinds", "refusals", "disks"] {
             told += &artifact("path+file:///src/ebpf#livesnap-ebpf@0.1.0", probes, true, "/t/ebpf");
         }
         assert!(format!("{:#}", find(&told).err().unwrap()).contains("livesnap/demo"));
