@@ -9,12 +9,40 @@ use snapshot_core::{Phase, Progress, Report};
 
 use crate::output;
 
-/// A line on standard error that shows phase, percent, rate, buffer and stall. Shows nothing where that is no
+/// A line on standard error that shows phase, percent, rates, buffer and stall. Shows nothing where that is no
 /// terminal.
 pub struct Bar {
     bar: ProgressBar,
     /// When copying began.
     copying_since: Option<Instant>,
+    faults: Pace,
+    first_touch_bytes: Pace,
+}
+
+/// For how long a rate is shown before a newer one.
+const PACE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How fast a count has grown lately.
+#[derive(Default)]
+struct Pace {
+    /// When it was last looked at, and what it was then.
+    last: Option<(Instant, u64)>,
+    per_second: u64,
+}
+
+impl Pace {
+    /// The rate, where the count is `count` by `now`.
+    fn at(&mut self, now: Instant, count: u64) -> u64 {
+        let (then, before) = *self.last.get_or_insert((now, count));
+        let elapsed = now.saturating_duration_since(then);
+        if elapsed >= PACE_INTERVAL {
+            let per_second =
+                u128::from(count.saturating_sub(before)) * 1_000 / elapsed.as_millis().max(1);
+            self.per_second = u64::try_from(per_second).unwrap_or(u64::MAX);
+            self.last = Some((now, count));
+        }
+        self.per_second
+    }
 }
 
 impl Bar {
@@ -27,7 +55,12 @@ impl Bar {
         };
         let style = ProgressStyle::with_template("{prefix:>10} [{bar:24}] {percent:>3}% {msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        Self { bar, copying_since: None }
+        Self {
+            bar,
+            copying_since: None,
+            faults: Pace::default(),
+            first_touch_bytes: Pace::default(),
+        }
     }
 
     /// Shows `progress`, with what is to be said `more`.
@@ -45,10 +78,14 @@ impl Bar {
         self.bar.set_length(progress.total_bytes.max(1));
         self.bar.set_position(progress.saved_bytes);
         let fill = progress.buffer_used_bytes * 100 / progress.buffer_limit_bytes.max(1);
+        let (now, touched) =
+            (Instant::now(), progress.first_touches.iter().map(|touch| touch.bytes).sum());
         self.bar.set_message(format!(
-            "{}  buffer {fill}%  {} faults  stall p99 {}{more}",
+            "{}  buffer {fill}%  {} faults, {}/s  first touch {}/s  stall p99 {}{more}",
             rate(progress.written_bytes, since.elapsed()),
             progress.faults,
+            self.faults.at(now, progress.faults),
+            output::bytes(self.first_touch_bytes.at(now, touched)),
             nanos(progress.service.p99_ns),
         ));
     }
@@ -183,6 +220,17 @@ fn rate(bytes: u64, elapsed: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pace_is_that_of_the_last_interval() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        let at = |ms| start + Duration::from_millis(ms);
+        assert_eq!(pace.at(at(0), 1_000), 0);
+        assert_eq!(pace.at(at(100), 2_000), 0, "too early to tell");
+        assert_eq!(pace.at(at(1_000), 3_000), 2_000);
+        assert_eq!(pace.at(at(1_400), 9_000), 2_000, "still the one before");
+        assert_eq!(pace.at(at(2_000), 3_500), 500);
+    }
 
     #[test]
     fn durations_read_well() {
