@@ -41,7 +41,7 @@ use crate::vmm::VmmError;
 pub enum DirtyRateError {
     /// No `WP_ASYNC`.
     #[error(
-        "the dirty rate needs Linux 6.7 or later: this kernel cannot let writes to protected memory through and remember them"
+        "the dirty rate needs Linux 6.7 or later: this kernel cannot let writes to protected memory through and remember them; QEMU's own calc-dirty-rate estimates it there"
     )]
     Kernel,
     /// The VMM refused.
