@@ -9,6 +9,7 @@
 //! The guest is watched by the caller's thread, and meanwhile another one writes to the destination. Both end by
 //! themselves; what they do is undone when they return, or by the kernel if they are killed.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -40,8 +41,13 @@ impl Effort {
     pub const BRIEF: Self = Self {
         window: Duration::from_millis(400),
         sample_bytes: 128 << 20,
-        disk: Limits { time: Duration::from_millis(300), bytes: 256 << 20 },
+        disk: Limits { time: Duration::from_millis(300), bytes: 256 << 20, bytes_per_second: None },
     };
+
+    /// The same for a snapshot that is kept to so many bytes a second.
+    pub fn at_most(self, bytes_per_second: Option<NonZeroU64>) -> Self {
+        Self { disk: Limits { bytes_per_second, ..self.disk }, ..self }
+    }
 }
 
 /// A forecast, with what it stands on.

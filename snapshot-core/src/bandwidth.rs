@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::io;
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,6 +41,19 @@ pub struct Limits {
     pub time: Duration,
     /// At most so many bytes, and at most a quarter of what is free.
     pub bytes: u64,
+    /// What the snapshot is to be kept to: no more is written in the time, and no more is told.
+    pub bytes_per_second: Option<NonZeroU64>,
+}
+
+impl Limits {
+    /// At most so many bytes, where so many are free.
+    fn bytes(&self, free_bytes: u64) -> u64 {
+        let bytes = self.bytes.min(free_bytes / FREE_DIVISOR);
+        self.bytes_per_second.map_or(bytes, |rate| {
+            let allowed = whole_pages(rate.get() as f64 * self.time.as_secs_f64());
+            bytes.min(allowed.max(FIRST_BYTES))
+        })
+    }
 }
 
 /// What was measured.
@@ -57,6 +71,20 @@ pub struct Bandwidth {
     pub storage: &'static str,
 }
 
+impl Bandwidth {
+    /// The same if no more than `limit` is wanted.
+    fn at_most(self, limit: Option<NonZeroU64>) -> Self {
+        let Some(limit) = limit.map(|limit| limit.get() as f64) else { return self };
+        let least = (self.bytes_per_second - self.error_bytes_per_second).min(limit);
+        let most = (self.bytes_per_second + self.error_bytes_per_second).min(limit);
+        Self {
+            bytes_per_second: f64::midpoint(least, most),
+            error_bytes_per_second: (most - least) / 2.0,
+            ..self
+        }
+    }
+}
+
 /// Measures where a snapshot into `destination` would be written; nothing if it was cancelled.
 ///
 /// # Errors
@@ -71,7 +99,7 @@ pub fn measure(
     let failed =
         |source: io::Error| ImageError::io("measure the bandwidth by writing", &path, source);
     let free_bytes = image::free_bytes(&path)?;
-    let bytes_max = limits.bytes.min(free_bytes / FREE_DIVISOR) / PAGE_BYTES * PAGE_BYTES;
+    let bytes_max = limits.bytes(free_bytes) / PAGE_BYTES * PAGE_BYTES;
     if bytes_max < FIRST_BYTES {
         return Err(failed(io::ErrorKind::StorageFull.into()));
     }
@@ -88,13 +116,14 @@ pub fn measure(
         let in_time = whole_pages(round.bytes_per_second * left);
         let next = (bytes * GROWTH).min(in_time).min(bytes_max - bench.offset);
         if next < bytes {
-            return Ok(Some(Bandwidth {
+            let measured = Bandwidth {
                 bytes_per_second: round.bytes_per_second,
                 error_bytes_per_second: round.error,
                 written_bytes: bench.offset,
                 elapsed_ns: nanos(began.elapsed()),
                 storage: bench.storage.name(),
-            }));
+            };
+            return Ok(Some(measured.at_most(limits.bytes_per_second)));
         }
         bytes = next;
     }
@@ -207,7 +236,8 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
     use super::*;
 
-    const LIMITS: Limits = Limits { time: Duration::from_millis(200), bytes: 64 << 20 };
+    const LIMITS: Limits =
+        Limits { time: Duration::from_millis(200), bytes: 64 << 20, bytes_per_second: None };
 
     #[test]
     fn a_disk_is_measured_and_left_as_it_was() {
@@ -220,6 +250,16 @@ mod tests {
         assert!(found.bytes_per_second > 0.5 * mean, "{found:?}: {mean}");
         assert!(found.error_bytes_per_second >= 0.1 * found.bytes_per_second, "{found:?}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_kept_to_a_limit_is_not_measured_beyond_it() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let limits = Limits { bytes_per_second: NonZeroU64::new(1 << 20), ..LIMITS };
+        let found = measure(&dir.path().join("snapshot"), limits, &Cancel::default()).unwrap();
+        let found = found.unwrap();
+        assert!(found.written_bytes <= 1 << 20, "{found:?}");
+        assert!(found.bytes_per_second + found.error_bytes_per_second <= 1_048_577.0, "{found:?}");
     }
 
     #[test]

@@ -15,7 +15,8 @@ use crate::forecast::{Effort, Forecast, check_space, footprint, forecast};
 use crate::{Failure, output};
 
 /// Enough for an SSD to come up to speed.
-const DISK: Limits = Limits { time: Duration::from_secs(1), bytes: 512 << 20 };
+const DISK: Limits =
+    Limits { time: Duration::from_secs(1), bytes: 512 << 20, bytes_per_second: None };
 
 const EXAMPLES: &str = "\
 Examples:
@@ -97,7 +98,8 @@ fn look(args: &Args) -> Result<Forecast, Failure> {
         QemuOptions { pid: args.pid, disks: !args.no_disks, ..QemuOptions::new(args.qmp.clone()) };
     let mut vmm = QemuVmm::attach(qemu).map_err(|error| Failure::refused(error.reason(), error))?;
     let buffer_bytes = args.buffer.map_or_else(default_buffer_bytes, |size| size.as_u64());
-    let effort = Effort { window: args.window, sample_bytes: args.sample.as_u64(), disk: DISK };
+    let effort = Effort { window: args.window, sample_bytes: args.sample.as_u64(), disk: DISK }
+        .at_most(args.limits.max_bandwidth);
     let memory = footprint(&mut vmm)?;
     check_space(&memory, &args.out)?;
     forecast(&mut vmm, memory, &args.out, args.limits.policy(buffer_bytes), &effort, &cancel)

@@ -1,6 +1,5 @@
 //! `livesnap snapshot`: take a snapshot of a running QEMU.
 
-use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -60,10 +59,6 @@ pub struct Args {
     /// memory, at most 1GiB]
     #[arg(long, value_name = "SIZE")]
     buffer: Option<ByteSize>,
-    /// Most bytes to write a second, to leave others their share of the disk; what the guest writes has to be saved too,
-    /// so much less than that makes it wait [default: as fast as the disk takes them]
-    #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
-    max_bandwidth: Option<NonZeroU64>,
     /// Longest pause; beyond it the guest is continued and the snapshot fails
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = humantime::parse_duration)]
     pause_limit: Duration,
@@ -101,7 +96,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     let options = Options {
         buffer_bytes: args.buffer.map_or_else(default_buffer_bytes, |size| size.as_u64()),
-        max_bandwidth: args.max_bandwidth,
+        max_bandwidth: args.policy.limits.max_bandwidth,
         pause_limit: args.pause_limit,
         ..Options::default()
     };
@@ -142,11 +137,12 @@ fn refuse_infeasible(
     cancel: &Cancel,
 ) -> Result<Option<Forecast>, Failure> {
     let Some(policy) = args.policy.to_forecast(buffer_bytes) else { return Ok(None) };
+    let effort = Effort::BRIEF.at_most(args.policy.limits.max_bandwidth);
     let made = forecast::footprint(vmm).and_then(|memory| {
         if forecast::is_trivial(&memory, &policy) {
             return Ok(None);
         }
-        forecast::forecast(vmm, memory, &args.out, policy, &Effort::BRIEF, cancel).map(Some)
+        forecast::forecast(vmm, memory, &args.out, policy, &effort, cancel).map(Some)
     });
     match made {
         Ok(forecast) => {
@@ -265,13 +261,6 @@ pub fn default_buffer_bytes() -> u64 {
     use procfs::Current as _;
     let available = procfs::Meminfo::current().ok().and_then(|memory| memory.mem_available);
     (available.unwrap_or(0) / 10).clamp(4 * BUFFER_BYTES_MIN, 1 << 30)
-}
-
-/// Bytes a second, of which there must be some.
-fn parse_bandwidth(text: &str) -> Result<NonZeroU64, String> {
-    let size: ByteSize = text.parse()?;
-    NonZeroU64::new(size.as_u64())
-        .ok_or_else(|| "at this rate there would never be a snapshot".into())
 }
 
 /// A process id.

@@ -1,8 +1,10 @@
 //! What the operator allows, as it stands on the command line.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use clap::ValueEnum;
 use livesnap_control::policy::BUFFER_BYTES_MIN;
 use livesnap_control::{OnInfeasible, Policy};
@@ -21,6 +23,10 @@ pub struct LimitArgs {
     /// Longest time until all memory is saved
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     deadline: Option<Duration>,
+    /// Most bytes to write a second, to leave others their share of the disk; what the guest writes has to be saved too,
+    /// so much less than that makes it wait [default: as fast as the disk takes them]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
+    pub max_bandwidth: Option<NonZeroU64>,
 }
 
 /// Limits of a snapshot, and how they are kept.
@@ -28,7 +34,7 @@ pub struct LimitArgs {
 #[command(next_help_heading = "Limits, and how they are kept")]
 pub struct PolicyArgs {
     #[command(flatten)]
-    limits: LimitArgs,
+    pub limits: LimitArgs,
     /// What to do if these limits cannot be kept
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = Infeasible::Abort, overrides_with = "on_infeasible")]
     on_infeasible: Infeasible,
@@ -132,6 +138,13 @@ impl PolicyArgs {
 
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Bytes a second, of which there must be some.
+fn parse_bandwidth(text: &str) -> Result<NonZeroU64, String> {
+    let size: ByteSize = text.parse()?;
+    NonZeroU64::new(size.as_u64())
+        .ok_or_else(|| "at this rate there would never be a snapshot".into())
 }
 
 /// A share as `30%` or `0.3`, no less than can be put into force.
