@@ -32,7 +32,7 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
           --kernel VERSION for one of them, NAME for some of the tests
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
           --quick for a first look, --update-docs for docs/performance.*;
-          --probes alone: what the probes cost a fault, and a request
+          --probes alone: what the probes cost a fault, and a request, and watch a guest
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   sim     judge the control core on simulated guests and disks; --seeds N, --seed K
   help    this text
@@ -65,9 +65,12 @@ fn main() -> Result<()> {
     }
 }
 
-/// Measures what the probes cost a fault, and a request to a disk.
+/// Measures what the probes cost a fault, and a request to a disk, and `watch` a guest.
 fn bench_probes() -> Result<()> {
     setup::run()?;
+    step::run("build", cargo(["build", "--release", "--package", "livesnap"]))?;
+    let watch = ["run", "--release", "--package", "livesnap-tests", "--example", "watch_cost"];
+    step::run("watch_cost", cargo(watch))?;
     ["probe_cost", "disk_cost"].into_iter().try_for_each(|name| {
         let example = ["run", "--release", "--package", "livesnap-ebpf", "--example", name];
         step::run(name, cargo(example))
