@@ -52,7 +52,7 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     /// Memory that is watched at a time: more is more exact and costs the guest more
-    #[arg(long, value_name = "SIZE", default_value = "128MiB")]
+    #[arg(long, value_name = "SIZE", default_value = "64MiB")]
     sample: ByteSize,
     /// Tell of the disk of this directory as well, where a snapshot would go
     #[arg(long, value_name = "DIR")]

@@ -22,8 +22,8 @@ use crate::ram::RamLayout;
 use crate::sys::uffd::{Context, Features, Notice, Notices};
 use crate::vmm::Vmm;
 
-/// Enough for an error of some tenths where a tenth of memory is busy, and at most some 30 ms of page faults a window.
-const SAMPLE_BYTES: u64 = 128 << 20;
+/// Enough for an error of some tenths where a tenth of memory is busy, and at most some 16 ms of page faults a window.
+const SAMPLE_BYTES: u64 = 64 << 20;
 /// Longest time until a cancelled window ends.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
 
