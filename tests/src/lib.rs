@@ -8,6 +8,8 @@
 //! mount       file systems to fill and to break
 //! mapped_ram  reads a snapshot's RAM file
 //! check       judges whether RAM and disk are of one instant
+//! cpu_time    what quotas withhold from threads
+//! slow_disk   a destination as slow as is wanted
 //! restored    a VM that the product has brought back
 //! interrupt   lets Ctrl-C end demo, soak and bench as an error does
 //! ```
@@ -20,6 +22,7 @@
 pub mod check;
 pub mod console;
 pub mod cpio;
+pub mod cpu_time;
 mod disk;
 mod huge_pages;
 pub mod initramfs;

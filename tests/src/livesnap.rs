@@ -155,8 +155,14 @@ impl Running {
     }
 
     /// Waits for its end.
-    pub fn wait(mut self) -> Result<Ended> {
+    pub fn wait(self) -> Result<Ended> {
+        self.wait_while(|| ())
+    }
+
+    /// Waits for its end, and runs `meanwhile` again and again until then.
+    pub fn wait_while(mut self, mut meanwhile: impl FnMut()) -> Result<Ended> {
         let status = poll_until("livesnap ends", SILENCE_MAX, || {
+            meanwhile();
             self.child.try_wait().context("cannot wait for livesnap")
         })?;
         let mut stdout = Vec::new();

@@ -334,6 +334,13 @@ impl Qemu {
         Ok(status["status"].as_str().context("query-status tells no status")?.to_owned())
     }
 
+    /// The threads that run virtual CPUs.
+    pub fn vcpu_threads(&mut self) -> Result<Vec<i64>> {
+        let cpus = self.qmp("query-cpus-fast", json!({}))?;
+        let threads = cpus.as_array().into_iter().flatten().map(|cpu| cpu["thread-id"].as_i64());
+        threads.collect::<Option<_>>().context("query-cpus-fast tells no threads")
+    }
+
     /// How long each pause lasted that has ended since this was last asked, by QEMU's own clock.
     pub fn take_pauses(&mut self) -> Result<Vec<Duration>> {
         // Events come ahead of the answer to a later command, so none is left behind.

@@ -32,7 +32,8 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
           --kernel VERSION for one of them, NAME for some of the tests
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
           --quick for a first look, --update-docs for docs/performance.*;
-          --probes alone: what the probes cost a fault, and a request, and watch a guest
+          --probes alone: what the probes cost a fault, and a request, and watch a guest;
+          --control: what the controller makes of slow destinations
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   sim     judge the control core on simulated guests and disks; --seeds N, --seed K
   help    this text

@@ -216,10 +216,8 @@ impl Attempt {
         };
         value["forecast"] = self.forecast.as_ref().map(Forecast::json).into();
         value["control"] = self.control.json();
-        if self.taken.is_ok() {
-            for (name, measured) in self.measures.json() {
-                value[name] = measured;
-            }
+        for (name, measured) in self.measures.json() {
+            value[name] = measured;
         }
         value
     }

@@ -5,6 +5,7 @@
 //! measure   one snapshot by one tool, seen from outside and from within the guest
 //! report    medians, tables, targets
 //! chart     the same as a picture
+//! control   what the controller makes of slow destinations, which is another table
 //! ```
 //!
 //! Run by people. One guest runs at a time, on a machine that should have nothing else to do.
@@ -13,6 +14,7 @@
 #![expect(clippy::print_stdout, reason = "standard output is what this program is for")]
 
 mod chart;
+mod control;
 mod measure;
 mod report;
 
@@ -72,6 +74,8 @@ struct Args {
     /// Put table, chart and figures into docs/performance.* below the current directory
     #[arg(long)]
     update_docs: bool,
+    #[command(flatten)]
+    control: control::ControlArgs,
 }
 
 /// What guest RAM is made of.
@@ -137,7 +141,8 @@ struct Figures {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let args = Args::parse();
+    match if args.control.control { control::run(&args) } else { run(&args) } {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("livesnap-bench: {error:#}");
@@ -266,10 +271,27 @@ fn said_by(program: &str, arguments: &[&str]) -> Result<String> {
     Ok(text.lines().next().with_context(|| format!("{program} says nothing"))?.to_owned())
 }
 
-fn write_json(path: &Path, figures: &Figures) -> Result<()> {
+fn write_json(path: &Path, figures: &impl Serialize) -> Result<()> {
     write(path, &(serde_json::to_string_pretty(figures).context("cannot make JSON")? + "\n"))
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_makes_sense() {
+        Args::command().debug_assert();
+        let refused = ["--control --quick", "--control --runs 1", "--limits 20"];
+        for words in refused {
+            let words = ["livesnap-bench"].into_iter().chain(words.split(' '));
+            assert!(Args::try_parse_from(words).is_err());
+        }
+    }
 }

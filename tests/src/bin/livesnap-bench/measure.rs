@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// Time over which the guest's usual rate is measured.
-const BEFORE: Duration = Duration::from_secs(2);
+pub const BEFORE: Duration = Duration::from_secs(2);
 /// Nothing that is measured takes longer.
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -87,14 +87,12 @@ pub fn run(tool: Tool, guest: &mut Qemu, dir: &Path) -> Result<Run> {
     // Not before: removing gigabytes takes time, which the guest would lose as well.
     out.close().context("cannot remove the snapshot")?;
 
-    let window_s = (after.at - before.at).as_secs_f64();
-    let worked_s = pages(after.pages - before.pages) / pages_per_s_before;
     Ok(Run {
         tool,
         downtime_ms: pauses.iter().sum::<Duration>().as_secs_f64() * 1e3,
         total_s: total.as_secs_f64(),
         pages_per_s_before,
-        lost_s: window_s - worked_s,
+        lost_s: after.lost_s_since(&before, pages_per_s_before),
         gap_before_ms: worst_gap_ms(guest, &first, &before)?,
         gap_ms: worst_gap_ms(guest, &before, &after)?,
         huge_mib,
@@ -137,7 +135,7 @@ fn switch_background_snapshot(guest: &mut Qemu, state: bool) -> Result<()> {
 }
 
 /// A heartbeat, seen as it came.
-struct Sighting {
+pub struct Sighting {
     at: Instant,
     /// Heartbeats up to it.
     count: usize,
@@ -146,7 +144,7 @@ struct Sighting {
 
 impl Sighting {
     /// The first heartbeat that comes when `delay` has passed.
-    fn next(guest: &mut Qemu, delay: Duration) -> Result<Self> {
+    pub fn next(guest: &mut Qemu, delay: Duration) -> Result<Self> {
         let began = Instant::now();
         let mut known = guest.heartbeats()?.len();
         poll_until("the guest's next heartbeat", LIMIT, || {
@@ -159,8 +157,14 @@ impl Sighting {
         })
     }
 
-    fn pages_per_s_since(&self, earlier: &Self) -> f64 {
+    /// The rate since an earlier one.
+    pub fn pages_per_s_since(&self, earlier: &Self) -> f64 {
         pages(self.pages - earlier.pages) / (self.at - earlier.at).as_secs_f64()
+    }
+
+    /// By how much longer it took since `earlier` than it would have at so many pages a second.
+    pub fn lost_s_since(&self, earlier: &Self, pages_per_s: f64) -> f64 {
+        (self.at - earlier.at).as_secs_f64() - pages(self.pages - earlier.pages) / pages_per_s
     }
 }
 
@@ -176,7 +180,8 @@ fn pages(count: u64) -> f64 {
     count as f64
 }
 
-fn load_average() -> Result<f64> {
+/// Load average of the host, over a minute.
+pub fn load_average() -> Result<f64> {
     let text = fs::read_to_string("/proc/loadavg").context("cannot read /proc/loadavg")?;
     let minute = text.split(' ').next().unwrap_or_default();
     minute.parse().with_context(|| format!("/proc/loadavg holds {text}"))

@@ -7,8 +7,9 @@ use anyhow::{Context, Result};
 use crate::measure::{Run, Tool};
 use crate::{Case, Figures, Kind, PACED_RATE};
 
-const BEGIN: &str = "<!-- begin: written by cargo xtask bench -->\n";
-const END: &str = "<!-- end -->";
+/// What the tool writes into a page stands between these.
+pub const BEGIN: &str = "<!-- begin: written by cargo xtask bench -->\n";
+pub const END: &str = "<!-- end -->";
 
 /// Median of what `figure` tells of each run by `tool`; NaN if there is none.
 pub fn median(case: &Case, tool: Tool, figure: impl Fn(&Run) -> f64) -> f64 {
