@@ -191,10 +191,15 @@ impl Group {
 
     /// Puts `quota` into force.
     pub fn set_quota(&self, quota: Quota) -> Result<(), CgroupError> {
+        self.replace_quota(self.quota()?, quota)
+    }
+
+    /// The same where it is known which quota is in force.
+    pub fn replace_quota(&self, in_force: Quota, quota: Quota) -> Result<(), CgroupError> {
         let word = |none: &str| quota.quota_us.map_or(none.to_owned(), |us| us.to_string());
         match self.version {
             Version::V1 => {
-                if self.quota()?.period_us != quota.period_us {
+                if in_force.period_us != quota.period_us {
                     // The old quota may be no quota for the new period.
                     self.write("cpu.cfs_quota_us", "-1")?;
                     self.write("cpu.cfs_period_us", &quota.period_us.to_string())?;

@@ -9,12 +9,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use livesnap_tests::check::check_files;
+use livesnap_tests::cpu_time::{Withheld, busy, ran};
 use livesnap_tests::livesnap::{Running, snapshot, snapshot_command};
 use livesnap_tests::qemu::{Builder, Load, Qemu};
 use livesnap_tests::slow_disk::SlowDisk;
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
 use rustix::process::Signal;
-use serde_json::json;
 
 const BOOT: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(60);
@@ -25,12 +25,6 @@ fn boot(builder: &Builder) -> Qemu {
     let mut qemu = builder.start().unwrap();
     qemu.wait_ready(BOOT).unwrap();
     qemu
-}
-
-/// Threads that run virtual CPUs.
-fn vcpus(qemu: &mut Qemu) -> Vec<i64> {
-    let cpus = qemu.qmp("query-cpus-fast", json!({})).unwrap();
-    cpus.as_array().unwrap().iter().map(|cpu| cpu["thread-id"].as_i64().unwrap()).collect()
 }
 
 /// The cgroups of all of QEMU's threads, by thread.
@@ -51,7 +45,7 @@ fn is_ours(cgroup: &str) -> bool {
 
 /// Waits until the virtual CPUs, and they alone, are in groups of their own.
 fn wait_throttled(qemu: &mut Qemu) {
-    let vcpus = vcpus(qemu);
+    let vcpus = qemu.vcpu_threads().unwrap();
     poll_until("virtual CPUs are throttled", LIMIT, || {
         let cgroups = cgroups(qemu);
         Ok(vcpus.iter().all(|thread| is_ours(&cgroups[thread])).then_some(()))
@@ -137,8 +131,60 @@ fn cpu_time_is_given_back_however_a_snapshot_ends() {
     let before = cgroups(&qemu);
     let told = snapshot(&qemu, &dir.path().join("last"), &["--fixed-cpu=100%"]).unwrap();
     assert_eq!(told["control"]["throttled_ns"], 0, "{told:#}");
-    let vcpus = vcpus(&mut qemu);
+    let vcpus = qemu.vcpu_threads().unwrap();
     assert!(vcpus.iter().all(|thread| cgroups(&qemu)[thread] == before[thread]));
+}
+
+/// Long enough that a virtual CPU uses up its quota many times, and how often it is looked at.
+const WINDOW: Duration = Duration::from_millis(500);
+const WINDOWS: usize = 20;
+
+#[test]
+fn virtual_cpus_are_denied_the_cpu_time_that_was_commanded() {
+    if !is_root_or_skip("cgroups").unwrap() {
+        return;
+    }
+    let mut qemu = boot(&Qemu::builder());
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let slow = SlowDisk::new(dir.path(), CRAWL).unwrap();
+    let share = 0.5;
+    let arguments = ["--fixed-cpu=50%"];
+    let command = snapshot_command(&qemu, &dir.path().join("snapshot"), &arguments).unwrap();
+    let mut running = Running::start(slow.command(&command)).unwrap();
+    running.reach("copying").unwrap();
+    wait_throttled(&mut qemu);
+    let threads = qemu.vcpu_threads().unwrap();
+    let mut withheld = Withheld::new(threads.clone());
+    let mut look = || {
+        withheld.look();
+        let ran = ran(qemu.pid(), threads[0]).unwrap();
+        [withheld.total(), ran, busy().unwrap()].map(|time| time.as_secs_f64())
+    };
+    let mut undisturbed = 0;
+    let has_come = (0..WINDOWS).any(|_| {
+        let (before, began) = (look(), Instant::now());
+        let end = || Ok((began.elapsed() >= WINDOW).then_some(()));
+        poll_until("the end of the window", LIMIT, end).unwrap();
+        let (after, elapsed) = (look(), began.elapsed().as_secs_f64());
+        let [withheld, ran, busy]: [f64; 3] = std::array::from_fn(|at| after[at] - before[at]);
+        let others = busy - ran;
+        eprintln!("{elapsed:.3} s: withheld {withheld:.3}, ran {ran:.3}; others {others:.3}");
+        // On a host that is never at rest only this can be said of all windows.
+        assert!(ran < share * elapsed * 1.1, "{ran} in {elapsed}");
+        let commanded = (1.0 - share) * elapsed;
+        undisturbed += usize::from(others < 0.1 * elapsed);
+        // What was taken from it as long as others had the CPUs comes back in a second or two.
+        others < 0.1 * elapsed && (withheld / commanded - 1.0).abs() < 0.1
+    });
+    assert!(has_come || undisturbed < WINDOWS / 2, "too much or too little is withheld");
+    if !has_come {
+        eprintln!("SKIPPED: whether so much is withheld, for others use the CPUs");
+    }
+    running.signal(Signal::TERM).unwrap();
+    let told = running.wait().unwrap().told().unwrap();
+    let told_ns = u128::from(told["control"]["withheld_ns"].as_u64().unwrap());
+    let total = withheld.total();
+    assert!(told_ns >= total.as_nanos() / 10 * 9, "{total:?} by cpu.stat, {told:#}");
 }
 
 /// A guest that overwrites more memory than the smallest buffer holds, without rest.
@@ -202,5 +248,31 @@ fn a_slow_destination_slows_the_guest_down_instead_of_failing() {
     assert!(number("/control/withheld_ns") > 0.0, "{told:#}");
     assert!(number("/report/buffer_peak_bytes") <= f64::from(64 << 20), "{told:#}");
     check_files(&out.join("ram.mapped-ram"), None).unwrap();
+    wait_given_back(&mut qemu, &state_dir);
+}
+
+#[test]
+fn by_default_no_snapshot_of_a_busy_guest_is_given_up() {
+    let load = Load { ring_mib: 256, random: true, ..Load::default() };
+    let mut qemu = boot(&Qemu::builder().memory_mib(512).vcpus(2).load(load));
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state_dir = dir.path().join("state");
+    for run in 1..=10 {
+        let out = dir.path().join("snapshot");
+        // The default, which `snapshot_command` has changed for other tests.
+        let arguments = ["--on-infeasible=abort", "--state-dir", state_dir.to_str().unwrap()];
+        let told = snapshot(&qemu, &out, &arguments).unwrap();
+        let number = |pointer: &str| told.pointer(pointer).unwrap().as_f64().unwrap();
+        eprintln!(
+            "{run}: {:.2} s, CPU at least {:.2}, buffer {:.0} MiB, stall p99 {:.2} ms",
+            number("/report/total_ns") / 1e9,
+            number("/control/cpu_ratio_min"),
+            number("/report/buffer_peak_bytes") / f64::from(1 << 20),
+            told.pointer("/probes/stalls/copy/p99_ns")
+                .map_or(f64::NAN, |ns| ns.as_f64().unwrap() / 1e6)
+        );
+        check_files(&out.join("ram.mapped-ram"), None).unwrap();
+        fs::remove_dir_all(&out).unwrap();
+    }
     wait_given_back(&mut qemu, &state_dir);
 }

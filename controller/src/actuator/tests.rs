@@ -9,16 +9,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use procfs::{CurrentSI as _, KernelStats};
 use rustix::process::{Pid, getpid};
-use rustix::thread::gettid;
+use rustix::thread::{CpuSet, gettid, sched_setaffinity};
 use serde_json::Value;
 
 use super::*;
 use crate::cgroup::{Group, Quota};
-use crate::scheduling::Threads;
+use crate::scheduling::{Account, Threads};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 const SPINNERS: usize = 2;
+/// How often a while is looked for in which nobody else uses the CPUs.
+const WINDOWS: u32 = 20;
 
 /// Whether cgroups may be changed here. Says so loudly if not, and fails where they must be.
 fn privileged() -> bool {
@@ -69,8 +72,50 @@ fn poll(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + DEADLINE;
     while !is_so() {
         assert!(Instant::now() < deadline, "{what} did not come");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// What became of a thread's time.
+#[derive(Debug)]
+struct Window {
+    elapsed: Duration,
+    ran: Duration,
+    withheld: Duration,
+    /// CPU time that others used, on all CPUs: where it is next to nothing, only a quota holds a thread back.
+    others: Duration,
+}
+
+impl Window {
+    /// Of the time from now on, of the first of `threads`.
+    fn of(threads: &[Pid]) -> Self {
+        const LENGTH: Duration = Duration::from_millis(400);
+        let group = group_of(threads[0]);
+        let mut accounts = Threads::new(getpid(), threads);
+        let withheld_ns = || group.statistics().unwrap().withheld_ns;
+        let (withheld_before, idle_before, began) = (withheld_ns(), idle(), Instant::now());
+        poll("the end of the window", || began.elapsed() >= LENGTH);
+        let (elapsed, accounts) = (began.elapsed(), accounts.take());
+        let all = Duration::from_nanos(Account::sum(&accounts).run_ns);
+        let cpus = u32::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
+        Self {
+            elapsed,
+            ran: Duration::from_nanos(accounts[0].account.run_ns),
+            withheld: Duration::from_nanos(withheld_ns() - withheld_before),
+            others: (elapsed * cpus).saturating_sub(all + (idle() - idle_before)),
+        }
+    }
+
+    fn is_undisturbed(&self) -> bool {
+        self.others < self.elapsed / 10
+    }
+}
+
+/// Time that CPUs had nothing to do, all together since the boot.
+fn idle() -> Duration {
+    let total = KernelStats::current().unwrap().total;
+    let ticks = total.idle + total.iowait.unwrap_or_default();
+    Duration::from_secs(ticks) / u32::try_from(procfs::ticks_per_second()).unwrap()
 }
 
 /// Everything as it was: the threads where they were, no group of ours, no journal.
@@ -103,7 +148,10 @@ fn virtual_cpus_get_their_share_and_nobody_else_is_touched() {
         let elapsed_ns = began.elapsed().as_nanos();
         // A quota may be overdrawn by a timer tick in some periods, and is then the less in the next.
         assert!(u128::from(run_ns) * 10 <= elapsed_ns * 3 / 2, "{run_ns} ns in {elapsed_ns} ns");
-        poll("time withheld", || throttle.withheld_ns().unwrap() > 0);
+        poll("time withheld", || {
+            throttle.measure().unwrap();
+            throttle.withheld_ns() > 0
+        });
 
         assert_eq!(group_of(gettid()), home, "only virtual CPUs are moved");
         let groups = [threads[0], threads[1]].map(group_of);
@@ -112,6 +160,62 @@ fn virtual_cpus_get_their_share_and_nobody_else_is_touched() {
         throttle.restore().unwrap();
         assert_put_back(threads, &home, state_dir);
     });
+}
+
+#[test]
+fn what_is_withheld_is_what_was_commanded() {
+    beside_spinners(|threads, state_dir| {
+        let mut throttle = Throttle::find(state_dir, getpid(), threads).unwrap();
+        for share in [0.3, 0.7] {
+            throttle.set(&[share; SPINNERS]).unwrap();
+            // On a host that is never at rest only this can be said of all windows.
+            let has_come = (0..WINDOWS).any(|_| {
+                let window = Window::of(threads);
+                let most = window.elapsed.mul_f64(share * 1.1);
+                assert!(window.ran < most, "{share}: {window:?}");
+                let commanded = window.elapsed.mul_f64(1.0 - share);
+                let error = window.withheld.abs_diff(commanded);
+                let is_undisturbed = window.is_undisturbed();
+                assert!(!is_undisturbed || error < commanded / 10, "{share}: {window:?}");
+                is_undisturbed
+            });
+            if !has_come {
+                eprintln!("SKIPPED: whether so much is withheld, for others use the CPUs");
+            }
+        }
+        throttle.measure().unwrap();
+        assert!(throttle.withheld_ns() > 0);
+    });
+}
+
+#[test]
+fn a_share_is_of_what_a_virtual_cpu_has_on_a_busy_host() {
+    beside_spinners(|threads, state_dir| {
+        // All on one CPU, so that each has half of it at most.
+        let mut one = CpuSet::new();
+        one.set(0);
+        for thread in threads {
+            sched_setaffinity(Some(*thread), &one).unwrap();
+        }
+        let mut throttle = Throttle::find(state_dir, getpid(), &threads[..1]).unwrap();
+        throttle.measure().unwrap();
+        let before = Window::of(threads);
+        throttle.measure().unwrap();
+        throttle.set(&[0.5]).unwrap();
+        let Quota { quota_us, period_us } = group_of(threads[0]).quota().unwrap();
+        let has = before.ran.as_secs_f64() / before.elapsed.as_secs_f64();
+        let in_force = as_number(quota_us.unwrap()) / as_number(period_us);
+        // At least the kernel's least quota, of which the share is as much as of a tenth of a CPU.
+        assert!(
+            has < 0.65 && (in_force - (has / 2.0).max(0.1)).abs() < 0.05,
+            "{in_force} of {before:?}"
+        );
+    });
+}
+
+#[expect(clippy::cast_precision_loss, reason = "microseconds of a second at most")]
+const fn as_number(us: u64) -> f64 {
+    us as f64
 }
 
 #[test]

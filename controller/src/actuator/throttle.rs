@@ -8,11 +8,14 @@
 //! Nothing is changed before the first share below 1.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 
+use super::demand::Demand;
 use super::journal::{Change, Journal, JournalError};
-use crate::cgroup::{CgroupError, Group, Quota, Statistics};
+use crate::cgroup::{CgroupError, Group, Quota};
+use crate::scheduling::{Account, Threads};
 
 /// Least share that can be put into force: the kernel's least quota in the longest period used.
 pub const SHARE_MIN: f64 = 0.1;
@@ -23,6 +26,9 @@ const QUOTA_US_MIN: f64 = 1_000.0;
 const PERIOD_US: u32 = 5_000;
 /// The same for shares of which that one would be too short.
 const PERIOD_US_LONG: u32 = 10_000;
+/// Changes of a quota by less than this part of it are left out: each one that is written hands the group a new quota at
+/// once, in the middle of a period.
+const TRIFLE_RATIO: f64 = 0.05;
 
 /// Why virtual CPUs cannot be throttled.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +49,11 @@ struct Vcpu {
     moved_from: Option<Group>,
     /// The group's own quota.
     found: Quota,
-    /// Statistics of the group then.
-    at_first: Statistics,
     in_force: Quota,
+    demand: Demand,
+    runs: Threads,
+    /// What the group had withheld when it was last looked at, in nanoseconds; nothing before the first change.
+    withheld_ns: Option<u64>,
 }
 
 /// The throttle of one VMM's virtual CPUs. Dropping it puts everything back.
@@ -55,6 +63,8 @@ pub struct Throttle {
     vcpus: Vec<Vcpu>,
     /// Exists while anything is changed.
     journal: Option<Journal>,
+    measured_at: Instant,
+    withheld_ns: u64,
 }
 
 impl Throttle {
@@ -63,13 +73,19 @@ impl Throttle {
     /// # Errors
     /// If there is no cpu controller for them.
     pub fn find(state_dir: &Path, pid: Pid, threads: &[Pid]) -> Result<Self, ThrottleError> {
-        let pid = pid.as_raw_nonzero().get();
-        let vcpus = threads.iter().map(|thread| Vcpu::find(pid, thread.as_raw_nonzero().get()));
-        let vcpus = vcpus.collect::<Result<_, _>>()?;
-        Ok(Self { state_dir: state_dir.into(), pid, vcpus, journal: None })
+        let vcpus = threads.iter().map(|thread| Vcpu::find(pid, *thread));
+        Ok(Self {
+            state_dir: state_dir.into(),
+            pid: pid.as_raw_nonzero().get(),
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            journal: None,
+            measured_at: Instant::now(),
+            withheld_ns: 0,
+        })
     }
 
-    /// Leaves each virtual CPU its share of the CPU time that it would have, [`SHARE_MIN`] to 1.
+    /// Leaves each virtual CPU its share of the CPU time that it would have, as far as that is known from
+    /// [`measure`](Self::measure): 1, or less, but never less than [`SHARE_MIN`] of a CPU.
     ///
     /// # Errors
     /// If that is not possible; what was changed is then put back.
@@ -90,17 +106,29 @@ impl Throttle {
         }
     }
 
-    /// For how long virtual CPUs wanted to run and their quota forbade it, all together since the first change, in
-    /// nanoseconds.
+    /// The share of what virtual CPUs would have used that they really got since this was last asked; nothing if they
+    /// wanted nothing.
     ///
     /// # Errors
     /// If the kernel does not tell.
-    pub fn withheld_ns(&self) -> Result<u64, ThrottleError> {
-        if self.journal.is_none() {
-            return Ok(0);
+    pub fn measure(&mut self) -> Result<Option<f64>, ThrottleError> {
+        let elapsed = self.measured_at.elapsed();
+        self.measured_at = Instant::now();
+        let (mut used, mut wanted) = (0.0, 0.0);
+        for vcpu in &mut self.vcpus {
+            let ran = vcpu.ran();
+            let withheld = vcpu.withheld()?;
+            self.withheld_ns += nanos(withheld);
+            used += ran.as_secs_f64();
+            wanted += vcpu.demand.observe(elapsed, ran, withheld).as_secs_f64();
         }
-        let withheld = self.vcpus.iter().map(Vcpu::withheld_ns);
-        Ok(withheld.sum::<Result<_, _>>()?)
+        Ok((wanted > 0.0).then(|| (used / wanted).min(1.0)))
+    }
+
+    /// For how long virtual CPUs wanted to run and their quota forbade it, all together from the first change to the last
+    /// [`measure`](Self::measure), in nanoseconds.
+    pub const fn withheld_ns(&self) -> u64 {
+        self.withheld_ns
     }
 
     /// Puts everything back as it was found.
@@ -156,7 +184,7 @@ impl Throttle {
                 vcpu.group.add_thread(vcpu.thread)?;
             }
             vcpu.in_force = vcpu.found;
-            vcpu.at_first = vcpu.group.statistics()?;
+            vcpu.withheld_ns = Some(vcpu.group.statistics()?.withheld_ns);
         }
         Ok(())
     }
@@ -171,7 +199,9 @@ impl Drop for Throttle {
 }
 
 impl Vcpu {
-    fn find(pid: i32, thread: i32) -> Result<Self, CgroupError> {
+    fn find(pid: Pid, thread: Pid) -> Result<Self, CgroupError> {
+        let runs = Threads::new(pid, &[thread]);
+        let (pid, thread) = (pid.as_raw_nonzero(), thread.as_raw_nonzero().get());
         let at = Group::of_thread(thread)?;
         let unlimited = Quota { quota_us: None, period_us: PERIOD_US.into() };
         let (group, moved_from, found) = if at.threads()? == [thread] {
@@ -180,38 +210,62 @@ impl Vcpu {
         } else {
             (at.child(&format!("livesnap-{pid}-{thread}")), Some(at), unlimited)
         };
-        let at_first = Statistics::default();
-        Ok(Self { thread, group, moved_from, found, at_first, in_force: found })
+        let (in_force, demand) = (found, Demand::default());
+        Ok(Self { thread, group, moved_from, found, in_force, demand, runs, withheld_ns: None })
     }
 
     fn set(&mut self, share: f64) -> Result<(), CgroupError> {
-        let wanted = quota(share, self.found);
-        if wanted != self.in_force {
-            self.group.set_quota(wanted)?;
+        let wanted = quota(share, self.demand.estimate(), self.found);
+        if !is_trifle(self.in_force, wanted) {
+            self.group.replace_quota(self.in_force, wanted)?;
             self.in_force = wanted;
         }
         Ok(())
     }
 
-    fn withheld_ns(&self) -> Result<u64, CgroupError> {
-        let now = self.group.statistics()?;
-        Ok(now.withheld_ns.saturating_sub(self.at_first.withheld_ns))
+    /// Time that it ran since this was last asked.
+    fn ran(&mut self) -> Duration {
+        Duration::from_nanos(Account::sum(&self.runs.take()).run_ns)
+    }
+
+    /// Time withheld from it since this was last asked.
+    fn withheld(&mut self) -> Result<Duration, CgroupError> {
+        let Some(before_ns) = &mut self.withheld_ns else { return Ok(Duration::ZERO) };
+        let now_ns = self.group.statistics()?.withheld_ns;
+        let since_ns = now_ns.saturating_sub(std::mem::replace(before_ns, now_ns));
+        Ok(Duration::from_nanos(since_ns))
     }
 }
 
-/// The quota that leaves one thread `share` of what it has by the quota `found`.
-fn quota(share: f64, found: Quota) -> Quota {
+/// Whether one quota is as good as the other.
+fn is_trifle(in_force: Quota, wanted: Quota) -> bool {
+    match (in_force.quota_us, wanted.quota_us) {
+        (Some(before), Some(after)) if in_force.period_us == wanted.period_us => {
+            as_number(before.abs_diff(after)) < TRIFLE_RATIO * as_number(before)
+        }
+        _ => in_force == wanted,
+    }
+}
+
+/// The quota that leaves a thread `share` of what it has by the quota `found`, if it uses as much as `demand` of a CPU.
+fn quota(share: f64, demand: f64, found: Quota) -> Quota {
     if share >= 1.0 {
         return found;
     }
     let share = share.max(SHARE_MIN);
-    let most = found.quota_us.map_or(1.0, |us| as_number(us) / as_number(found.period_us)).min(1.0);
+    let most =
+        found.quota_us.map_or(1.0, |us| as_number(us) / as_number(found.period_us)).min(demand);
     let is_short = share * most * f64::from(PERIOD_US) < QUOTA_US_MIN;
     let period_us = if is_short { PERIOD_US_LONG } else { PERIOD_US };
     let quota_us = (share * most * f64::from(period_us)).max(QUOTA_US_MIN).round();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1000 to 10000")]
     let quota_us = quota_us as u64;
     Quota { quota_us: Some(quota_us), period_us: period_us.into() }
+}
+
+/// A duration in nanoseconds; what does not fit is centuries.
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "microseconds in a period: at most a million")]
@@ -231,18 +285,36 @@ mod tests {
 
     #[test]
     fn a_share_is_a_quota_in_a_short_period() {
-        assert_eq!(quota(1.0, FREE), FREE);
-        assert_eq!(quota(0.5, FREE), limited(2_500, 5_000));
-        assert_eq!(quota(0.2, FREE), limited(1_000, 5_000));
-        assert_eq!(quota(0.15, FREE), limited(1_500, 10_000), "a quota has at least a millisecond");
-        assert_eq!(quota(0.0, FREE), limited(1_000, 10_000), "the guest goes on");
+        assert_eq!(quota(1.0, 1.0, FREE), FREE);
+        assert_eq!(quota(0.5, 1.0, FREE), limited(2_500, 5_000));
+        assert_eq!(quota(0.2, 1.0, FREE), limited(1_000, 5_000));
+        assert_eq!(
+            quota(0.15, 1.0, FREE),
+            limited(1_500, 10_000),
+            "a quota has at least a millisecond"
+        );
+        assert_eq!(quota(0.0, 1.0, FREE), limited(1_000, 10_000), "the guest goes on");
     }
 
     #[test]
     fn a_share_is_of_what_there_was() {
         let half = limited(50_000, 100_000);
-        assert_eq!(quota(1.0, half), half);
-        assert_eq!(quota(0.5, half), limited(1_250, 5_000));
-        assert_eq!(quota(0.5, limited(400_000, 100_000)), limited(2_500, 5_000), "of one CPU");
+        assert_eq!(quota(1.0, 1.0, half), half);
+        assert_eq!(quota(0.5, 1.0, half), limited(1_250, 5_000));
+        assert_eq!(quota(0.5, 1.0, limited(400_000, 100_000)), limited(2_500, 5_000), "of one CPU");
+        assert_eq!(quota(0.5, 0.6, FREE), limited(1_500, 5_000), "of what it uses");
+        assert_eq!(quota(0.5, 0.8, half), limited(1_250, 5_000), "of the less of both");
+        assert_eq!(quota(1.0, 0.1, FREE), FREE);
+        assert_eq!(quota(0.5, 0.0, FREE), limited(1_000, 10_000), "the guest goes on");
+    }
+
+    #[test]
+    fn trifles_are_not_written() {
+        assert!(is_trifle(FREE, FREE) && is_trifle(limited(2_500, 5_000), limited(2_400, 5_000)));
+        assert!(!is_trifle(limited(2_500, 5_000), limited(2_300, 5_000)));
+        assert!(!is_trifle(limited(2_500, 5_000), limited(2_500, 10_000)));
+        assert!(
+            !is_trifle(limited(2_500, 5_000), FREE) && !is_trifle(FREE, limited(100_000, 100_000))
+        );
     }
 }

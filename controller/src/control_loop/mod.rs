@@ -28,7 +28,6 @@ use snapshot_core::{Abort, BufferLimit, Cancel, Phase, Progress, Reason};
 use crate::Failure;
 use crate::actuator::Throttle;
 use crate::probes::SnapshotProbes;
-use crate::scheduling::Threads;
 
 use account::{Account, abort_in_words};
 pub use account::{percent, reason, whole};
@@ -51,7 +50,6 @@ pub struct Acting {
     law: Law,
     /// Nothing if the guest's CPU time cannot be touched; the account says why.
     throttle: Option<Throttle>,
-    vcpus: Threads,
     /// Their ids, by which first touches are told.
     vcpu_ids: Vec<u32>,
     /// Bytes saved because of each one's writes.
@@ -76,7 +74,6 @@ enum Law {
 /// What there was at the last decision.
 struct Last {
     at: Instant,
-    withheld_ns: u64,
     stall: Option<Stall>,
 }
 
@@ -128,7 +125,6 @@ impl ControlLoop {
         Ok(Self::On(Box::new(Acting {
             law,
             throttle,
-            vcpus: Threads::new(vmm.pid(), &threads),
             vcpu_ids: threads.iter().map(|thread| thread.as_raw_pid().unsigned_abs()).collect(),
             touched_bytes: vec![0; threads.len()],
             shares: vec![1.0; threads.len()],
@@ -192,7 +188,7 @@ impl Acting {
             Law::Fixed(share) => {
                 let share = *share;
                 self.shares.fill(share);
-                self.last.get_or_insert(Last { at: now, withheld_ns: 0, stall: None });
+                self.last.get_or_insert(Last { at: now, stall: None });
             }
             Law::Adaptive { controller, policy } => {
                 let total = probes.stalls_over(policy.fault_stall_max_ns);
@@ -230,8 +226,7 @@ impl Acting {
                     recorder.tick(&Tick { dt_s, sample, vcpu_touched_bytes, command, shares });
                 }
                 let least = policy.min_cpu_ratio;
-                self.last.get_or_insert(Last { at: now, withheld_ns: 0, stall: None }).stall =
-                    total;
+                self.last.get_or_insert(Last { at: now, stall: None }).stall = total;
                 self.follow(&command, least);
             }
         }
@@ -276,19 +271,10 @@ impl Acting {
 
     /// The share of what they wanted that virtual CPUs really got since the last tick.
     fn measure_cpu_ratio(&mut self) -> f64 {
-        let used_ns: u64 = self.vcpus.take().iter().map(|thread| thread.account.run_ns).sum();
-        let Some(Ok(withheld_ns)) = self.throttle.as_ref().map(Throttle::withheld_ns) else {
-            return self.cpu_ratio();
-        };
-        let before = self.last.as_ref().map_or(0, |last| last.withheld_ns);
-        let withheld_now_ns = withheld_ns.saturating_sub(before);
-        self.account.withheld_ns = self.account.withheld_ns.max(withheld_ns);
-        if let Some(last) = &mut self.last {
-            last.withheld_ns = withheld_ns;
-        }
-        let used = Duration::from_nanos(used_ns).as_secs_f64();
-        let wanted = used + Duration::from_nanos(withheld_now_ns).as_secs_f64();
-        if wanted > 0.0 { used / wanted } else { self.cpu_ratio() }
+        let Some(throttle) = &mut self.throttle else { return 1.0 };
+        let measured = throttle.measure();
+        self.account.withheld_ns = throttle.withheld_ns();
+        measured.ok().flatten().unwrap_or_else(|| self.cpu_ratio())
     }
 
     /// The end: all is put back, and the record is complete.
