@@ -24,16 +24,19 @@
 extern crate alloc;
 
 pub mod forecast;
+mod kept;
 pub mod model;
 pub mod plan;
 pub mod policy;
+#[cfg(feature = "serde")]
+pub mod record;
 pub mod sample;
 mod step;
 pub mod vcpu;
 
 pub use forecast::Forecast;
 pub use plan::{Plan, PlanInputs, Verdict, plan};
-pub use policy::{OnInfeasible, Policy, PolicyError};
+pub use policy::{OnInfeasible, Policy, PolicyError, WINDOW_S};
 pub use sample::{Absurdity, Host, Sample, Stall};
 pub use step::{Abort, AbortReason, Because, Command, Controller, TICK_S};
 

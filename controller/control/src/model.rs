@@ -203,10 +203,13 @@ impl Model {
         self.touch.known && self.drain.known
     }
 
-    /// Whether the first-touch rate has been seen often enough since the regime began.
+    /// First-touch rate of a guest that is not throttled once so much is saved, in bytes per second: the line goes on
+    /// while nobody sees it because writers are held up. On the optimistic side.
     #[must_use]
-    pub fn knows_touch_rate(&self) -> bool {
-        self.line.weight > LINE_POINTS_MIN
+    pub fn touch_rate_at(&self, saved_bytes: f64) -> f64 {
+        let is_line = self.line.weight > LINE_POINTS_MIN;
+        let falls_to = if is_line { self.line.at(saved_bytes) } else { self.touch.value };
+        (falls_to.min(self.touch.value) - self.touch.deviation).max(0.0)
     }
 
     /// Age of the present regime in seconds.

@@ -8,6 +8,12 @@ const BUFFER_BYTES_DEFAULT: u64 = 1 << 30;
 /// Least copy buffer that can work: some extents of 2 MiB for the sweep and for each fault thread, in bytes.
 pub const BUFFER_BYTES_MIN: u64 = 64 << 20;
 
+/// Length of the window in which `min_cpu_ratio` counts, in seconds.
+pub const WINDOW_S: f64 = 1.0;
+
+/// Part of `min_cpu_ratio` below which it is broken: over a second it may be short by a quarter.
+const KEPT_TOLERANCE_RATIO: f64 = 0.75;
+
 /// What to do when the limits cannot be kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -16,7 +22,8 @@ pub enum OnInfeasible {
     /// Give the snapshot up, early.
     #[default]
     Abort,
-    /// Go on at `min_cpu_ratio`, and let writes wait for room in the buffer.
+    /// Go on, and let writes wait for room in the buffer. The throttle takes no more than brings writers to
+    /// `min_cpu_ratio`, what they wait included.
     Wait,
 }
 
@@ -49,6 +56,12 @@ impl Policy {
             deadline_ns: None,
             on_infeasible: OnInfeasible::Abort,
         }
+    }
+
+    /// Share of their CPU time that writers have to keep in any second of [`WINDOW_S`]; less breaks `min_cpu_ratio`.
+    #[must_use]
+    pub const fn kept_ratio_min(&self) -> f64 {
+        self.min_cpu_ratio * KEPT_TOLERANCE_RATIO
     }
 
     /// Whether it can be kept at all.

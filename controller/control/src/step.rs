@@ -19,14 +19,19 @@
 //!
 //! **Abort** when even the optimistic side overflows at `min_cpu`, in no more than a third of the time that the regime
 //! has lasted (so that it lasts until then with a probability of 3 in 4), for [`EVIDENCE_S`] on end; or when writers
-//! already get less than `min_cpu`, whatever the forecast says.
+//! have got less than the policy allows for a whole second, whatever the forecast says. What a full buffer leaves to
+//! them is seen, and not forecast: it costs a second, and many a burst ends within it.
+//!
+//! **The least share** is what writers keep, not what is commanded: where a nearly full buffer takes from them as well,
+//! the throttle takes that much less ([`crate::kept`]).
 
 use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::forecast::{Forecast, Position, forecast, persistence_ratio, position};
+use crate::kept::Kept;
 use crate::model::{Fit, Model, Observation};
-use crate::policy::{BUFFER_BYTES_MIN, OnInfeasible, Policy, PolicyError};
+use crate::policy::{BUFFER_BYTES_MIN, OnInfeasible, Policy, PolicyError, WINDOW_S};
 use crate::sample::{Absurdity, Baseline, Blindness, Sample, Seen};
 use crate::{NS_PER_S, count, number, vcpu};
 
@@ -34,14 +39,14 @@ use crate::{NS_PER_S, count, number, vcpu};
 pub const TICK_S: f64 = 0.05;
 
 /// Time in which the room left may be used up, in seconds.
-const GLIDE_S: f64 = 0.6;
+const GLIDE_S: f64 = 0.2;
 /// Share of the buffer that is planned with. Beyond it the engine captures less for a fault (`fault::Locality`), which
 /// slows writers down: that part is kept for what could not be foreseen.
-const USEFUL_RATIO: f64 = 0.5;
-/// Share of the buffer from which on it is as good as full: the engine captures page by page.
-const FULL_RATIO: f64 = 0.9;
-/// Share of the buffer by which a buffer counts as full already: one that overflows is held just below that.
-const FULL_SLACK_RATIO: f64 = 0.02;
+const USEFUL_RATIO: f64 = 0.3;
+/// Share of the buffer from which on the engine captures less for a fault, which holds writers up.
+const HELD_UP_RATIO: f64 = 0.65;
+/// Share of the buffer from which on it is as good as full: soon the engine captures page by page.
+const FULL_RATIO: f64 = 0.88;
 /// A regime is taken to last for so many times its age, at least for [`REGIME_S_MIN`].
 const REGIME_AGES: f64 = 2.0;
 /// Least time that a regime is taken to last, in seconds.
@@ -53,16 +58,8 @@ const OVERFLOW_AGES: f64 = 3.0;
 const EVIDENCE_S: f64 = 0.25;
 /// How long fault stalls may be over the limit although the guest gets no more than it must, in seconds.
 const STALLED_S: f64 = 1.0;
-/// How long the guest may get less than it must, in seconds: more than one tick.
-const BROKEN_S: f64 = 0.04;
-/// Time constant of the share that the guest really keeps, in seconds.
-const KEPT_S: f64 = 0.6;
-/// Part of `min_cpu` below which that breaks the limit: it may be short for a moment.
-const KEPT_TOLERANCE_RATIO: f64 = 0.75;
-/// Share of `min_cpu` that is not worth giving up for: forecasts are not that exact.
-const TOLERANCE_RATIO: f64 = 0.72;
 /// How fast CPU time is given back, as a share per second.
-const RELEASE_PER_S: f64 = 0.4;
+const RELEASE_PER_S: f64 = 0.3;
 /// Changes upwards by less than this share are not worth a write to the cgroup.
 const HYSTERESIS_RATIO: f64 = 0.03;
 /// How long the last command is held when there are no samples, in seconds.
@@ -171,11 +168,9 @@ pub struct Controller {
     blind_s: f64,
     /// How long an abort has been called for, in seconds, by reason.
     overflow_s: f64,
-    broken_s: f64,
     stalled_s: f64,
     late_s: f64,
-    /// Share of their time that writers could really use, of late.
-    kept_ratio: f64,
+    kept: Kept,
     /// Upper bound on the CPU share that fault stalls have brought about.
     stall_ratio: f64,
     /// Counters of the virtual CPUs at the last good sample, and their smoothed rates.
@@ -205,10 +200,9 @@ impl Controller {
             began_ns: None,
             blind_s: 0.0,
             overflow_s: 0.0,
-            broken_s: 0.0,
             stalled_s: 0.0,
             late_s: 0.0,
-            kept_ratio: 1.0,
+            kept: Kept::new(),
             stall_ratio: 1.0,
             touched_bytes: vec![0; vcpus],
             rates: vec![0.0; vcpus],
@@ -294,22 +288,20 @@ impl Controller {
 
     fn decide(&mut self, seen: &Seen) {
         let now = &seen.now;
-        let limit = number(now.buffer_limit_bytes);
-        let is_full = number(now.buffer_used_bytes) >= limit * (FULL_RATIO - FULL_SLACK_RATIO);
         self.model.observe(&Observation {
             elapsed_s: seen.elapsed_s,
             touched_bytes: seen.touched_bytes,
             drained_bytes: seen.drained_bytes,
             saved_bytes: number(now.saved_bytes),
             cpu_ratio: now.cpu_ratio.unwrap_or(self.command.cpu_ratio).min(1.0),
-            is_held_up: now.cpu_ratio.is_none()
-                && number(now.buffer_used_bytes) >= limit * USEFUL_RATIO,
+            is_held_up: now.cpu_ratio.is_none() && is_held_up(now),
             disk_was_busy: now.buffer_used_bytes >= BUSY_BYTES,
         });
         if !self.model.is_fitted() {
             self.command.because = Because::Learning;
             return;
         }
+        self.notice_kept(seen);
         let from = position(now.total_bytes - now.saved_bytes, now.buffer_used_bytes);
         let reachable = number(self.size_buffer(now, from));
         self.command.forecast =
@@ -319,7 +311,7 @@ impl Controller {
         self.notice_stalls(now, seen.elapsed_s);
         let free = self.free_ratio(from, reachable, number(now.age_ns) / NS_PER_S);
         self.move_to(free, seen.elapsed_s);
-        self.consider_abort(seen, from, reachable * FULL_RATIO, is_full);
+        self.consider_abort(seen, from, reachable * FULL_RATIO);
     }
 
     /// Chooses the bound of the buffer; returns what it could be made.
@@ -370,10 +362,15 @@ impl Controller {
             (self.stall_ratio + change * elapsed_s).clamp(self.policy.min_cpu_ratio, 1.0);
     }
 
+    /// The share with which writers keep `min_cpu`, whatever else takes from them.
+    fn least(&self) -> f64 {
+        self.kept.to_command(self.policy.min_cpu_ratio)
+    }
+
     /// Fast down, slowly up, and not for trifles.
     fn move_to(&mut self, free: f64, elapsed_s: f64) {
         let before = self.command.cpu_ratio;
-        let target = free.min(self.stall_ratio).clamp(self.policy.min_cpu_ratio, 1.0);
+        let target = free.min(self.stall_ratio).clamp(self.least(), 1.0);
         let is_trifle = target < 1.0 && target - before < HYSTERESIS_RATIO;
         let after = if target < before {
             target
@@ -394,19 +391,18 @@ impl Controller {
         };
     }
 
-    fn consider_abort(&mut self, seen: &Seen, from: Position, limit: f64, is_full: bool) {
+    fn consider_abort(&mut self, seen: &Seen, from: Position, limit: f64) {
         let (now, elapsed_s) = (&seen.now, seen.elapsed_s);
         let fit = self.model.optimistic();
-        let least = self.policy.min_cpu_ratio;
-        let best = forecast(&fit, from, least * TOLERANCE_RATIO, limit, f64::INFINITY);
-        let at_least = self.command.cpu_ratio <= least + HYSTERESIS_RATIO;
-        // A full buffer that would drain is no overflow.
-        let grows = best.peak_buffer_bytes > from.buffer_used_bytes.max(limit);
+        let kept_ratio_min = self.policy.kept_ratio_min();
+        let best = forecast(&fit, from, kept_ratio_min, limit, f64::INFINITY);
+        let at_least = self.command.cpu_ratio <= self.least() + HYSTERESIS_RATIO;
+        // What a full buffer leaves to writers can be seen: it need not be forecast.
+        let is_full = from.buffer_used_bytes >= limit;
         let soon_s = self.model.regime_s() / OVERFLOW_AGES;
         let overflows =
-            at_least && grows && best.full_after_s.is_some_and(|after_s| after_s <= soon_s);
-        self.notice_kept(seen, is_full, fit.touch_rate);
-        let is_broken = self.kept_ratio < least * KEPT_TOLERANCE_RATIO;
+            at_least && !is_full && best.full_after_s.is_some_and(|after_s| after_s <= soon_s);
+        let is_broken = self.kept.in_window().is_some_and(|kept| kept < kept_ratio_min);
         let is_late = self.policy.deadline_ns.is_some_and(|deadline_ns| {
             let gone_ns = now.taken_ns.saturating_sub(self.began_ns.unwrap_or(now.taken_ns));
             let left_s = (number(deadline_ns) - number(gone_ns)) / NS_PER_S;
@@ -415,15 +411,14 @@ impl Controller {
         let add =
             |so_far: &mut f64, holds: bool| *so_far = if holds { *so_far + elapsed_s } else { 0.0 };
         add(&mut self.overflow_s, overflows);
-        add(&mut self.broken_s, is_broken);
         add(&mut self.stalled_s, at_least && stalls_are_over(now));
         add(&mut self.late_s, is_late);
         let (reason, evidence_s) = if self.late_s >= EVIDENCE_S {
             (AbortReason::Deadline, self.late_s)
         } else if self.overflow_s >= EVIDENCE_S {
             (AbortReason::BufferOverflow, self.overflow_s)
-        } else if self.broken_s >= BROKEN_S {
-            (AbortReason::MinCpu, self.broken_s)
+        } else if is_broken {
+            (AbortReason::MinCpu, WINDOW_S)
         } else if self.stalled_s >= STALLED_S {
             (AbortReason::StallLimit, self.stalled_s)
         } else {
@@ -438,20 +433,19 @@ impl Controller {
     }
 
     /// Follows what share of their time writers could really use.
-    fn notice_kept(&mut self, seen: &Seen, is_full: bool, touch_rate: f64) {
-        let kept = if let Some(measured) = seen.now.cpu_ratio {
-            measured
-        } else if !is_full {
-            self.command.cpu_ratio
-        } else if self.model.knows_touch_rate() {
-            // Of a guest that waits is left what it touches, out of what it would.
-            seen.touched_bytes / seen.elapsed_s / touch_rate.max(1.0)
-        } else {
-            // It filled the buffer before anybody could see at what rate.
-            0.0
+    fn notice_kept(&mut self, seen: &Seen) {
+        let now = &seen.now;
+        let in_force = self.command.cpu_ratio;
+        let alone = self.model.touch_rate_at(number(now.saved_bytes));
+        let kept = match now.cpu_ratio {
+            Some(measured) => measured,
+            // Of a guest that is held up is left what it touches, out of what it would.
+            None if is_held_up(now) && alone > 0.0 => {
+                (seen.touched_bytes / seen.elapsed_s / alone).min(in_force)
+            }
+            None => in_force,
         };
-        let gain = seen.elapsed_s / (KEPT_S + seen.elapsed_s);
-        self.kept_ratio += gain * (kept.min(1.0) - self.kept_ratio);
+        self.kept.see(seen.elapsed_s, kept, in_force);
     }
 
     fn abort(
@@ -471,6 +465,11 @@ impl Controller {
             evidence_s,
         }
     }
+}
+
+/// Whether the buffer is so full that writers are slowed down.
+fn is_held_up(sample: &Sample) -> bool {
+    number(sample.buffer_used_bytes) >= number(sample.buffer_limit_bytes) * HELD_UP_RATIO
 }
 
 /// Whether more than one in a hundred faults took longer than the limit.

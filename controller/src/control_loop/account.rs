@@ -105,9 +105,15 @@ pub const fn reason(reason: AbortReason) -> Reason {
 /// Why a snapshot is given up: the limit, the evidence, the remedy.
 pub fn abort_in_words(abort: &Abort, command: &Command, min_cpu_ratio: f64) -> String {
     let rates = format!(
-        "the guest touches {}/s of unsaved memory if it is left alone, the destination takes {}/s",
-        output::bytes(whole(abort.touch_rate)),
-        output::bytes(whole(abort.drain_rate))
+        "the guest, if it is left alone, touches {}; the destination {}",
+        match whole(abort.touch_rate) {
+            0 => "no unsaved memory".to_owned(),
+            rate => format!("{}/s of unsaved memory", output::bytes(rate)),
+        },
+        match whole(abort.drain_rate) {
+            0 => "has taken nothing as yet".to_owned(),
+            rate => format!("takes {}/s", output::bytes(rate)),
+        }
     );
     let least = percent(min_cpu_ratio);
     let limit = output::bytes(command.buffer_limit_bytes);
@@ -212,5 +218,11 @@ mod tests {
         {
             assert!(told.contains(words), "{words}: {told}");
         }
+        let still = Abort { touch_rate: 0.0, drain_rate: 0.0, ..abort };
+        let told = abort_in_words(&still, &command, 0.3);
+        assert!(
+            told.contains("touches no unsaved memory; the destination has taken nothing"),
+            "{told}"
+        );
     }
 }

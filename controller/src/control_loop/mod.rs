@@ -18,6 +18,7 @@ mod record;
 
 use std::time::{Duration, Instant};
 
+use livesnap_control::record::Tick;
 use livesnap_control::{Command, Controller, Host, Policy, Sample, Stall};
 use procfs::Current as _;
 use serde_json::{Value, json};
@@ -32,7 +33,7 @@ use crate::probes::SnapshotProbes;
 use account::{Account, abort_in_words};
 pub use account::{percent, reason, whole};
 pub use policy::{LimitArgs, PolicyArgs, Rule, StateArgs};
-use record::{Recorder, Tick};
+use record::Recorder;
 
 /// Progress that comes sooner than this after the last decision brings nothing new.
 const TICK_MIN: Duration = Duration::from_millis(25);
@@ -221,8 +222,9 @@ impl Acting {
                 let command = controller.step(Some(&sample), touched_bytes, dt_s);
                 self.shares.copy_from_slice(controller.vcpu_shares());
                 if let Some(recorder) = &mut self.recorder {
-                    let shares = &self.shares;
-                    let (sample, vcpu_touched_bytes) = (Some(sample), &touched_bytes[..]);
+                    let vcpu_touched_bytes = touched_bytes.as_slice().into();
+                    let shares = self.shares.as_slice().into();
+                    let sample = Some(sample);
                     recorder.tick(&Tick { dt_s, sample, vcpu_touched_bytes, command, shares });
                 }
                 let least = policy.min_cpu_ratio;

@@ -4,30 +4,9 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use livesnap_control::{Command, Policy, Sample};
+use livesnap_control::Policy;
+use livesnap_control::record::{Head, Tick};
 use serde::Serialize;
-
-/// The first line.
-#[derive(Serialize)]
-struct Head {
-    policy: Policy,
-    vcpus: usize,
-}
-
-/// Each further line.
-#[derive(Serialize)]
-pub struct Tick<'a> {
-    /// Length of the tick in seconds.
-    pub dt_s: f64,
-    /// What was seen.
-    pub sample: Option<Sample>,
-    /// First touches by each virtual CPU, in bytes.
-    pub vcpu_touched_bytes: &'a [u64],
-    /// What was commanded.
-    pub command: Command,
-    /// The share of each virtual CPU.
-    pub shares: &'a [f64],
-}
 
 /// A record being written. The first error ends it and is kept: no snapshot fails for want of its record.
 pub struct Recorder {

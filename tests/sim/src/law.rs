@@ -1,12 +1,12 @@
 //! Laws: the controller that livesnap runs, and peers to compare it with.
 
+use livesnap_control::record::Tick;
 use livesnap_control::vcpu::divide;
 use livesnap_control::{AbortReason, Command, Controller, PolicyError, TICK_S};
 
 use crate::plant::{Outcome, Plant, STEP_S, Setting};
-use crate::record::Tick;
 use crate::sampler::Sampler;
-use crate::scenario::{Scenario, bytes};
+use crate::scenario::{Scenario, bytes, weighted};
 
 /// Changes of the throttle that count as a change of direction.
 const REVERSAL_RATIO: f64 = 0.1;
@@ -56,12 +56,6 @@ pub fn run(scenario: &Scenario, law: &mut dyn Law, knows_until_s: f64, until: Un
     Outcome { aborted, reversals: reversals.count, share_min: reversals.lowest, ..plant.outcome() }
 }
 
-/// Share of all writes that these shares leave.
-#[must_use]
-pub fn weighted(scenario: &Scenario, shares: &[f64]) -> f64 {
-    scenario.vcpus.iter().zip(shares).map(|(weight, share)| weight * share).sum()
-}
-
 /// Counts changes of direction, trifles aside.
 struct Reversals {
     count: u32,
@@ -101,7 +95,7 @@ pub struct Controlled {
     /// Keeps the number of first touches from it, so that it has nothing to forecast from.
     blindfold: bool,
     /// Every tick, if it is to be kept.
-    record: Option<Vec<Tick>>,
+    record: Option<Vec<Tick<'static>>>,
 }
 
 impl Controlled {
@@ -136,7 +130,7 @@ impl Controlled {
 
     /// What was recorded.
     #[must_use]
-    pub fn into_record(self) -> Vec<Tick> {
+    pub fn into_record(self) -> Vec<Tick<'static>> {
         self.record.unwrap_or_default()
     }
 }
@@ -154,8 +148,13 @@ impl Law for Controlled {
         let vcpus = vcpus.unwrap_or_default();
         let command: Command = self.controller.step(sample.as_ref(), &vcpus, TICK_S);
         if let Some(record) = &mut self.record {
-            let shares = self.controller.vcpu_shares().to_vec();
-            record.push(Tick { dt_s: TICK_S, sample, vcpu_touched_bytes: vcpus, command, shares });
+            record.push(Tick {
+                dt_s: TICK_S,
+                sample,
+                vcpu_touched_bytes: vcpus.into(),
+                command,
+                shares: self.controller.vcpu_shares().to_vec().into(),
+            });
         }
         setting.shares.copy_from_slice(self.controller.vcpu_shares());
         if command.buffer_limit_bytes > 0 {

@@ -9,9 +9,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use livesnap_control::record::Head;
 use livesnap_sim::judge::{Judged, Variant, judge};
 use livesnap_sim::law::{Controlled, Until, run};
-use livesnap_sim::record::{self, Head};
+use livesnap_sim::record;
 use livesnap_sim::scenario::Scenario;
 use livesnap_sim::series;
 use livesnap_sim::table::Table;

@@ -1,9 +1,10 @@
 //! What somebody who knows the future would have done.
 //!
-//! A scenario is *feasible* if the least share from the very beginning keeps all limits: less taken from the guest cannot
-//! keep what that does not. Among the throttles that keep them, the oracle takes the one that leaves the guest the most:
-//! none, one that runs freely until a part of the buffer is used and then at the exact pace of the disk of that very
-//! moment, or the least constant one. It sees the plant as it is, without samples.
+//! A scenario is *feasible* if any throttle of the oracle's keeps all limits: none, one that runs freely until a part of the
+//! buffer is used and then at the exact pace of the disk of that very moment, or a constant one, down to the least share.
+//! Of those that keep them, it takes the one that leaves the guest the most. The least share from the very beginning is
+//! not enough to tell: who runs freely exhausts his hot set before the disk becomes slow. The oracle sees the plant as it
+//! is, without samples.
 
 use livesnap_control::AbortReason;
 
@@ -65,41 +66,43 @@ impl Law for AtLevel {
 /// Asks the oracle.
 #[must_use]
 pub fn ask(scenario: &Scenario) -> Verdict {
-    let least = scenario.policy.min_cpu_ratio;
-    let keeps = |knows_until_s| {
-        run(scenario, &mut Constant(least), knows_until_s, Until::Broken).broken_at_s.is_none()
-    };
-    if !keeps(f64::INFINITY) {
-        let known_at_s = scenario.known_at().into_iter().find(|moment| !keeps(*moment));
-        return Verdict::Infeasible { known_at_s: known_at_s.unwrap_or(0.0) };
+    match best(scenario, f64::INFINITY) {
+        Some(best) => Verdict::Feasible(best),
+        None => Verdict::Infeasible {
+            known_at_s: scenario
+                .known_at()
+                .into_iter()
+                .find(|moment| best(scenario, *moment).is_none())
+                .unwrap_or(0.0),
+        },
     }
-    Verdict::Feasible(best(scenario, least))
 }
 
-/// The throttle that leaves the guest the most.
-fn best(scenario: &Scenario, least: f64) -> Outcome {
+/// The throttle that leaves the guest the most, if any keeps the limits.
+fn best(scenario: &Scenario, knows_until_s: f64) -> Option<Outcome> {
     let keeping = |law: &mut dyn Law| {
-        let outcome = run(scenario, law, f64::INFINITY, Until::Broken);
+        let outcome = run(scenario, law, knows_until_s, Until::Broken);
         outcome.broken_at_s.is_none().then_some(outcome)
     };
     if let Some(outcome) = keeping(&mut Waiting) {
-        return outcome;
+        return Some(outcome);
     }
     let late = LEVELS.iter().find_map(|level| keeping(&mut AtLevel(*level)));
+    let least = scenario.policy.min_cpu_ratio;
+    let mut constant = keeping(&mut Constant(least));
     let (mut keeps, mut breaks) = (least, 1.0);
-    let mut constant = None;
-    for _ in 0..BISECTIONS {
+    for _ in 0..if constant.is_some() { BISECTIONS } else { 0 } {
         let middle = f64::midpoint(keeps, breaks);
-        if let Some(outcome) = keeping(&mut Constant(middle)) {
-            keeps = middle;
-            constant = Some(outcome);
-        } else {
-            breaks = middle;
+        match keeping(&mut Constant(middle)) {
+            Some(outcome) => {
+                keeps = middle;
+                constant = Some(outcome);
+            }
+            None => breaks = middle,
         }
     }
     [late, constant]
         .into_iter()
         .flatten()
         .max_by(|one, other| one.cpu_ratio.total_cmp(&other.cpu_ratio))
-        .unwrap_or_else(|| run(scenario, &mut Constant(least), f64::INFINITY, Until::Over))
 }

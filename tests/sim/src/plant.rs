@@ -4,11 +4,16 @@
 //! captured around a fault the fuller the buffer; a thread that waits gets an extent of 2 MiB, from which it
 //! then serves many faults. Pages that nobody touches twice count once: what is saved is not touched for the first
 //! time again.
+//!
+//! A *share* is of what a virtual CPU would have if it were left alone and the buffer had room, as in the policy: what the
+//! handling of its faults then costs is not taken from it by anybody.
 
-use livesnap_control::AbortReason;
+use std::collections::VecDeque;
+
+use livesnap_control::{AbortReason, WINDOW_S};
 
 use crate::random::Random;
-use crate::scenario::{Class, Order, Scenario, bytes};
+use crate::scenario::{Class, Order, Scenario, bytes, weighted};
 
 /// Length of a step in seconds.
 pub const STEP_S: f64 = 0.01;
@@ -22,10 +27,8 @@ const SWEEP: f64 = (32_u64 << 20) as f64;
 const SERVICE_S: f64 = 30e-6;
 /// Bytes captured for a fault that shows no locality while the buffer has room.
 const FAULT_BYTES_MAX: f64 = 65536.0;
-/// Length of the window in which the guest must get its least share, in seconds.
-const WINDOW_S: f64 = 1.0;
-/// What may be missing of it.
-const WINDOW_TOLERANCE: f64 = 0.75;
+/// Steps in [`WINDOW_S`].
+const WINDOW_STEPS: usize = 100;
 
 /// Durations of stalls: four buckets for each power of two of microseconds.
 #[derive(Clone, Debug)]
@@ -156,7 +159,8 @@ pub struct Plant<'a> {
     lost_s: f64,
     /// The writers' wait that goes on, in seconds, and the extents that came meanwhile.
     waiting: (f64, f64),
-    window: (f64, f64),
+    /// What writers got in each step of the last second.
+    window: VecDeque<f64>,
     broken_at_s: Option<f64>,
     overrun: f64,
 }
@@ -195,7 +199,7 @@ impl<'a> Plant<'a> {
             work_s: 0.0,
             lost_s: 0.0,
             waiting: (0.0, 0.0),
-            window: (0.0, 0.0),
+            window: VecDeque::with_capacity(WINDOW_STEPS + 1),
             broken_at_s: None,
             overrun: 0.0,
         }
@@ -293,21 +297,23 @@ impl<'a> Plant<'a> {
             self.noise.between(0.85, 1.15),
             self.noise.between(1.0 - disk_noise, 1.0 + disk_noise),
         );
-        let writers: f64 =
-            self.scenario.vcpus.iter().zip(&setting.shares).map(|(w, s)| w * s).sum();
+        let writers = weighted(self.scenario, &setting.shares);
         let limit = setting.limit;
         let disk = self.drain_rate() * STEP_S;
 
-        // What the guest would touch, less what it loses to the handling of faults.
+        // What the guest would touch, less what it loses to the handling of faults: that of a guest that is left alone
+        // anyway, and more the fuller the buffer, as less is captured for a fault.
         let wanted: f64 = self.touches(writers * STEP_S).map(|(_, touched)| touched).sum();
         let fault_bytes = self.fault_bytes(limit);
-        let pace = self.pace(wanted, fault_bytes);
+        let narrowed = self.pace(wanted, fault_bytes) / self.pace(wanted, FAULT_BYTES_MAX);
+        let pace = self.pace(self.touch_rate() * STEP_S, FAULT_BYTES_MAX) * narrowed;
         let demand = wanted * pace;
         // What there is room for, while the disk takes what it can.
         let room = (limit - self.used).max(0.0) + disk.min(self.used + demand);
         let granted = demand.min(room);
         let done = if demand > 0.0 { granted / demand } else { 1.0 };
         self.touch(writers * STEP_S * pace * done, granted);
+        self.credit_vcpus(&setting.shares, granted);
         self.record_stalls(granted, fault_bytes, done);
 
         let mut taken = disk.min(self.used + granted);
@@ -326,8 +332,6 @@ impl<'a> Plant<'a> {
         for (weight, share) in self.scenario.vcpus.iter().zip(&setting.shares) {
             self.work_s += share * STEP_S * if *weight > 0.0 { pace * done } else { 1.0 };
         }
-        // What a fuller buffer costs, as less is captured for a fault, counts as taken from the guest.
-        let narrowed = pace / self.pace(wanted, FAULT_BYTES_MAX);
         self.lost_s += (1.0 - done * narrowed) * STEP_S;
         self.writers_work_s += writers * done * narrowed * STEP_S;
         self.watch_limits(writers * done * narrowed);
@@ -345,8 +349,14 @@ impl<'a> Plant<'a> {
             part.ahead = (part.ahead - written).max(0.0);
         }
         self.touched += granted;
-        for (weight, touched) in self.scenario.vcpus.iter().zip(&mut self.vcpu_touched) {
-            *touched += weight * granted;
+    }
+
+    /// Each virtual CPU touches in proportion to what it writes and to the share that it has.
+    fn credit_vcpus(&mut self, shares: &[f64], granted: f64) {
+        let writers = weighted(self.scenario, shares);
+        let vcpus = self.scenario.vcpus.iter().zip(shares).zip(&mut self.vcpu_touched);
+        for ((weight, share), touched) in vcpus {
+            *touched += granted * weight * share / writers;
         }
     }
 
@@ -379,16 +389,18 @@ impl<'a> Plant<'a> {
         }
     }
 
+    /// The least share counts in any second, wherever it begins.
     fn watch_limits(&mut self, got: f64) {
-        self.window.0 += STEP_S;
-        self.window.1 += got * STEP_S;
-        if self.window.0 >= WINDOW_S {
-            let least = self.scenario.policy.min_cpu_ratio * WINDOW_TOLERANCE;
-            if self.window.1 / self.window.0 < least {
-                self.broken_at_s.get_or_insert(self.time_s);
-            }
-            self.window = (0.0, 0.0);
+        self.window.push_back(got);
+        if self.window.len() < WINDOW_STEPS {
+            return;
         }
+        let sum: f64 = self.window.iter().sum();
+        let least = self.scenario.policy.kept_ratio_min() * WINDOW_S;
+        if sum * STEP_S < least {
+            self.broken_at_s.get_or_insert(self.time_s);
+        }
+        self.window.pop_front();
     }
 
     /// The result, once it is over or given up.

@@ -4,38 +4,14 @@
 use std::io::{BufRead, Write};
 
 use anyhow::{Context, Result, ensure};
-use livesnap_control::{Command, Controller, Policy, Sample};
-use serde::{Deserialize, Serialize};
-
-/// The first line.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Head {
-    /// The limits.
-    pub policy: Policy,
-    /// Number of virtual CPUs.
-    pub vcpus: usize,
-}
-
-/// Each further line.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Tick {
-    /// Length of the tick in seconds.
-    pub dt_s: f64,
-    /// What was seen; nothing if it was lost.
-    pub sample: Option<Sample>,
-    /// First touches by each virtual CPU, counted.
-    pub vcpu_touched_bytes: Vec<u64>,
-    /// What was commanded.
-    pub command: Command,
-    /// The shares that each virtual CPU kept.
-    pub shares: Vec<f64>,
-}
+use livesnap_control::Controller;
+use livesnap_control::record::{Head, Tick};
 
 /// Writes a run.
 ///
 /// # Errors
 /// When `to` does not take it.
-pub fn write(to: &mut impl Write, head: &Head, ticks: &[Tick]) -> Result<()> {
+pub fn write(to: &mut impl Write, head: &Head, ticks: &[Tick<'_>]) -> Result<()> {
     serde_json::to_writer(&mut *to, head)?;
     for tick in ticks {
         to.write_all(b"\n")?;
@@ -56,12 +32,12 @@ pub fn replay(from: impl BufRead) -> Result<usize> {
     let mut controller = Controller::new(head.policy, head.vcpus)?;
     let mut count = 0;
     for (line, number) in lines.zip(2..) {
-        let recorded: Tick = serde_json::from_str(&line?)
+        let recorded: Tick<'_> = serde_json::from_str(&line?)
             .with_context(|| format!("line {number} of the record is no tick"))?;
         let sample = recorded.sample.as_ref();
         let command = controller.step(sample, &recorded.vcpu_touched_bytes, recorded.dt_s);
         ensure!(
-            command == recorded.command && controller.vcpu_shares() == recorded.shares,
+            command == recorded.command && recorded.shares == controller.vcpu_shares(),
             "line {number}: the control core now commands {command:?}, not {:?}",
             recorded.command
         );

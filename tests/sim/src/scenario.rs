@@ -282,6 +282,12 @@ fn sampling(random: &mut Random, lasts_s: f64) -> Sampling {
     }
 }
 
+/// Share of all writes that these shares of the virtual CPUs leave.
+#[must_use]
+pub fn weighted(scenario: &Scenario, shares: &[f64]) -> f64 {
+    scenario.vcpus.iter().zip(shares).map(|(weight, share)| weight * share).sum()
+}
+
 /// A number of bytes as a count.
 #[must_use]
 #[expect(

@@ -1,21 +1,22 @@
-//! Some hundred scenarios, replays, and the controls that show that the targets can be missed. The whole series is
+//! A thousand scenarios, replays, and the controls that show that the targets can be missed. The whole series is
 //! `cargo xtask sim`.
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+use livesnap_control::record::Head;
 use livesnap_sim::judge::{Variant, judge};
 use livesnap_sim::law::{Controlled, Until, run};
-use livesnap_sim::record::{self, Head};
+use livesnap_sim::record;
 use livesnap_sim::scenario::Scenario;
 use livesnap_sim::series::judge_all;
 use livesnap_sim::table::Table;
 
 const FIRST: u64 = 1_000_000;
-const SEEDS: u64 = 300;
+const SEEDS: u64 = 1000;
 const CPU_LEFT: &str = "CPU left, share of the oracle's";
 const TIME_LOST: &str = "writers' time lost to a full buffer";
 
-/// Targets that are missed in some hundred scenarios.
+/// Targets that are missed in a thousand scenarios.
 fn missed(variant: Variant) -> Vec<&'static str> {
     let table = Table::of(&judge_all(FIRST, SEEDS, variant).unwrap());
     eprintln!("{variant:?}, seeds from {FIRST}:\n{table}");

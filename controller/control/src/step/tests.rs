@@ -101,7 +101,7 @@ fn a_guest_that_is_too_fast_comes_to_rest_at_the_pace_of_the_disk() {
     assert_eq!(command.abort, None);
     assert!((command.cpu_ratio - 2.0 / 3.0).abs() < 0.03, "{command:?}");
     let used = number(plant.sample.buffer_used_bytes) / number(plant.sample.buffer_limit_bytes);
-    assert!(used > 0.3 && used < 0.6, "{used} of the buffer is in use");
+    assert!(used > 0.2 && used < 0.4, "{used} of the buffer is in use");
 }
 
 #[test]
@@ -154,11 +154,23 @@ fn what_cannot_be_kept_is_given_up_before_the_buffer_is_full() {
 }
 
 #[test]
-fn with_wait_it_goes_on_at_the_least_share() {
+fn with_wait_it_goes_on_and_takes_no_more_than_waiting_does() {
     let waits = Policy { on_infeasible: OnInfeasible::Wait, ..policy() };
     let command = Plant::new(waits, 4e9, 400e6).ticks(100);
     assert_eq!((command.because, command.abort), (Because::Infeasible, None));
-    assert!((command.cpu_ratio - 0.3).abs() < 1e-9, "{command:?}");
+    assert!((command.cpu_ratio - 1.0).abs() < 1e-9, "{command:?}");
+}
+
+#[test]
+fn a_guest_that_gets_too_little_for_a_second_is_given_up_whatever_the_forecast_says() {
+    let mut plant = Plant::new(policy(), 200e6, 400e6);
+    plant.ticks(40);
+    let mut too_little = |ticks| {
+        plant.sample.cpu_ratio = Some(0.2);
+        plant.ticks(ticks).abort
+    };
+    assert_eq!(too_little(10), None);
+    assert_eq!(too_little(20).map(|abort| abort.reason), Some(AbortReason::MinCpu));
 }
 
 #[test]
