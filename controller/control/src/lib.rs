@@ -31,6 +31,7 @@ pub mod policy;
 #[cfg(feature = "serde")]
 pub mod record;
 pub mod sample;
+mod stalls;
 mod step;
 pub mod vcpu;
 

@@ -33,6 +33,7 @@ use crate::kept::Kept;
 use crate::model::{Fit, Model, Observation};
 use crate::policy::{BUFFER_BYTES_MIN, OnInfeasible, Policy, PolicyError, WINDOW_S};
 use crate::sample::{Absurdity, Baseline, Blindness, Sample, Seen};
+use crate::stalls::Stalls;
 use crate::{NS_PER_S, count, number, vcpu};
 
 /// Length of a tick for which the constants are chosen, in seconds.
@@ -72,8 +73,6 @@ const GROWTH_RATIO: f64 = 1.25;
 const AVAILABLE_RATIO: f64 = 0.25;
 /// Memory pressure from which on the buffer shrinks.
 const PRESSURE_RATIO: f64 = 0.1;
-/// Share of faults over the limit that breaks it: the 99th percentile.
-const OVER_LIMIT_RATIO: f64 = 0.01;
 /// What is left of the CPU share in a second in which stalls are over the limit.
 const STALL_CUT_PER_S: f64 = 0.8;
 
@@ -171,6 +170,7 @@ pub struct Controller {
     stalled_s: f64,
     late_s: f64,
     kept: Kept,
+    stalls: Stalls,
     /// Upper bound on the CPU share that fault stalls have brought about.
     stall_ratio: f64,
     /// Counters of the virtual CPUs at the last good sample, and their smoothed rates.
@@ -203,6 +203,7 @@ impl Controller {
             stalled_s: 0.0,
             late_s: 0.0,
             kept: Kept::new(),
+            stalls: Stalls::default(),
             stall_ratio: 1.0,
             touched_bytes: vec![0; vcpus],
             rates: vec![0.0; vcpus],
@@ -356,8 +357,9 @@ impl Controller {
 
     /// Fault stalls over the limit: less for the writers, until it helps.
     fn notice_stalls(&mut self, now: &Sample, elapsed_s: f64) {
-        let change =
-            if stalls_are_over(now) { -STALL_CUT_PER_S * self.stall_ratio } else { RELEASE_PER_S };
+        self.stalls.see(now.stall, elapsed_s);
+        let are_over = self.stalls.are_over();
+        let change = if are_over { -STALL_CUT_PER_S * self.stall_ratio } else { RELEASE_PER_S };
         self.stall_ratio =
             (self.stall_ratio + change * elapsed_s).clamp(self.policy.min_cpu_ratio, 1.0);
     }
@@ -411,7 +413,7 @@ impl Controller {
         let add =
             |so_far: &mut f64, holds: bool| *so_far = if holds { *so_far + elapsed_s } else { 0.0 };
         add(&mut self.overflow_s, overflows);
-        add(&mut self.stalled_s, at_least && stalls_are_over(now));
+        add(&mut self.stalled_s, at_least && self.stalls.are_over());
         add(&mut self.late_s, is_late);
         let (reason, evidence_s) = if self.late_s >= EVIDENCE_S {
             (AbortReason::Deadline, self.late_s)
@@ -470,13 +472,6 @@ impl Controller {
 /// Whether the buffer is so full that writers are slowed down.
 fn is_held_up(sample: &Sample) -> bool {
     number(sample.buffer_used_bytes) >= number(sample.buffer_limit_bytes) * HELD_UP_RATIO
-}
-
-/// Whether more than one in a hundred faults took longer than the limit.
-fn stalls_are_over(sample: &Sample) -> bool {
-    sample
-        .stall
-        .is_some_and(|stall| number(stall.over_limit) > OVER_LIMIT_RATIO * number(stall.faults))
 }
 
 #[cfg(test)]
