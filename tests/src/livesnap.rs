@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::Value;
 
 use crate::poll_until;
@@ -114,6 +114,14 @@ impl Running {
                 return Ok(());
             }
         }
+    }
+
+    /// From now on it may not write beyond the first `bytes` of a file: such writes fail with `EFBIG`.
+    pub fn limit_files(&self, bytes: u64) -> Result<()> {
+        let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+        prlimit(Some(self.pid()?), Resource::Fsize, limit)
+            .context("cannot limit the size of livesnap's files")?;
+        Ok(())
     }
 
     /// Sends a signal.

@@ -72,6 +72,7 @@ fn wait_given_back(qemu: &mut Qemu, state_dir: &Path) {
 #[derive(Clone, Copy, Debug)]
 enum Ending {
     Completed,
+    Failed,
     Interrupted,
     Killed,
     KilledWithItsGuard,
@@ -86,9 +87,13 @@ fn cpu_time_is_given_back_however_a_snapshot_ends() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let state_dir = dir.path().join("state");
     let state = state_dir.to_str().unwrap();
-    let endings =
-        [Ending::Completed, Ending::Interrupted, Ending::Killed, Ending::KilledWithItsGuard];
-    for ending in endings {
+    for ending in [
+        Ending::Completed,
+        Ending::Failed,
+        Ending::Interrupted,
+        Ending::Killed,
+        Ending::KilledWithItsGuard,
+    ] {
         eprintln!("{ending:?}");
         let slow = SlowDisk::new(dir.path(), CRAWL).unwrap();
         let out = dir.path().join(format!("{ending:?}"));
@@ -99,6 +104,7 @@ fn cpu_time_is_given_back_however_a_snapshot_ends() {
         wait_throttled(&mut qemu);
         match ending {
             Ending::Completed => slow.lift().unwrap(),
+            Ending::Failed => running.limit_files(1 << 20).unwrap(),
             Ending::Interrupted => running.signal(Signal::TERM).unwrap(),
             Ending::Killed => running.signal(Signal::KILL).unwrap(),
             Ending::KilledWithItsGuard => running.kill_with_guard().unwrap(),
@@ -110,6 +116,7 @@ fn cpu_time_is_given_back_however_a_snapshot_ends() {
                 assert!(told["control"]["withheld_ns"].as_u64().unwrap() > 0, "{told:#}");
                 check_files(&out.join("ram.mapped-ram"), None).unwrap();
             }
+            Ending::Failed => ended.expect_failure(1, "io", &["too large"]).unwrap(),
             Ending::Interrupted => assert_eq!(ended.status.code(), Some(130), "{}", ended.log),
             Ending::Killed => {}
             Ending::KilledWithItsGuard => {
