@@ -49,7 +49,8 @@ fn the_report_tells_whole_stalls_beside_the_handlers_part() {
     let (count, served) = (number("/probes/stalls/copy/count"), number("/report/faults"));
     assert!(is_about(count, served), "{count} stalls, {served} served");
     assert!(number("/probes/stalls/copy/p50_ns") > number("/report/service/p50_ns"), "{told:#}");
-    assert!(number("/probes/stalls/arming/count") > 0, "{told:#}");
+    let (count, served) = (number("/probes/stalls/arming/count"), number("/report/arming_faults"));
+    assert!(is_about(count, served), "arming: {count} stalls, {served} served");
 
     let written = number("/disk/ours/write/bytes");
     assert!(written >= number("/report/stored_bytes"), "{told:#}");
