@@ -9,7 +9,7 @@ use std::process::Command;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use snapshot_core::Reason;
 
-use super::snapshot::parse_pid;
+use super::target::parse_pid;
 use crate::Failure;
 
 /// The tie and the program.

@@ -9,6 +9,7 @@ mod inspect;
 mod plan;
 mod restore;
 mod snapshot;
+mod target;
 mod verify;
 mod watch;
 

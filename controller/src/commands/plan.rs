@@ -1,14 +1,13 @@
 //! `livesnap plan`: would a snapshot keep its limits? Forecast, without arming anything.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use rustix::process::Pid;
 use snapshot_core::bandwidth::Limits;
-use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
+use snapshot_core::vmm::qemu::QemuVmm;
 
-use super::snapshot::{cancel_on_signal, default_buffer_bytes, parse_pid};
+use super::snapshot::cancel_on_signal;
+use super::target::TargetArgs;
 use super::watch::parse_interval;
 use crate::control_loop::LimitArgs;
 use crate::forecast::{Effort, Forecast, check_space, footprint, forecast};
@@ -43,21 +42,8 @@ Exit codes:
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// QMP socket of the running QEMU, one that no other program is connected to
-    #[arg(long, value_name = "SOCKET")]
-    qmp: PathBuf,
-    /// Directory that the snapshot would become; must not exist yet, or be empty
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// QEMU's process id, where another process (such as libvirt) made the socket
-    #[arg(long, value_parser = parse_pid)]
-    pid: Option<Pid>,
-    /// Bound of the copy buffer, at least 64MiB [default: a tenth of available memory, at most 1GiB]
-    #[arg(long, value_name = "SIZE")]
-    buffer: Option<ByteSize>,
-    /// Leave the disks out: memory and device state only
-    #[arg(long)]
-    no_disks: bool,
+    #[command(flatten)]
+    target: TargetArgs,
     /// For how long the guest is watched: a longer window tells more of what it comes to write
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_interval)]
     window: Duration,
@@ -94,13 +80,19 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 
 fn look(args: &Args) -> Result<Forecast, Failure> {
     let cancel = cancel_on_signal()?;
-    let qemu =
-        QemuOptions { pid: args.pid, disks: !args.no_disks, ..QemuOptions::new(args.qmp.clone()) };
-    let mut vmm = QemuVmm::attach(qemu).map_err(|error| Failure::refused(error.reason(), error))?;
-    let buffer_bytes = args.buffer.map_or_else(default_buffer_bytes, |size| size.as_u64());
+    let mut vmm = QemuVmm::attach(args.target.qemu_options())
+        .map_err(|error| Failure::refused(error.reason(), error))?;
     let effort = Effort { window: args.window, sample_bytes: args.sample.as_u64(), disk: DISK }
         .at_most(args.limits.max_bandwidth);
+    let out = &args.target.out;
     let memory = footprint(&mut vmm)?;
-    check_space(&memory, &args.out)?;
-    forecast(&mut vmm, memory, &args.out, args.limits.policy(buffer_bytes), &effort, &cancel)
+    check_space(&memory, out)?;
+    forecast(
+        &mut vmm,
+        memory,
+        out,
+        args.limits.policy(args.target.buffer_bytes()),
+        &effort,
+        &cancel,
+    )
 }

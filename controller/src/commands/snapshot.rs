@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use bytesize::ByteSize;
-use rustix::process::Pid;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGXFSZ};
 use snapshot_core::vmm::Vmm;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
-use snapshot_core::{BUFFER_BYTES_MIN, Cancel, Options, Reason, Report, snapshot};
+use snapshot_core::{Cancel, Options, Reason, Report, snapshot};
 
 use super::guard;
+use super::target::TargetArgs;
 use crate::actuator;
 use crate::control_loop::{ControlLoop, PolicyArgs};
 use crate::forecast::{self, Effort, Forecast};
@@ -46,25 +45,11 @@ Exit codes:
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// QMP socket of the running QEMU, one that no other program is connected to
-    #[arg(long, value_name = "SOCKET")]
-    qmp: PathBuf,
-    /// Directory that the snapshot becomes; must not exist yet, or be empty
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// QEMU's process id, where another process (such as libvirt) made the socket
-    #[arg(long, value_parser = parse_pid)]
-    pid: Option<Pid>,
-    /// Bound of the copy buffer; below 64MiB nothing is forecast, as with --no-control [default: a tenth of available
-    /// memory, at most 1GiB]
-    #[arg(long, value_name = "SIZE")]
-    buffer: Option<ByteSize>,
+    #[command(flatten)]
+    target: TargetArgs,
     /// Longest pause; beyond it the guest is continued and the snapshot fails
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = humantime::parse_duration)]
     pause_limit: Duration,
-    /// Leave the disks out: memory and device state only
-    #[arg(long)]
-    no_disks: bool,
     /// Put the overlays here instead of beside their images
     #[arg(long, value_name = "DIR", conflicts_with = "no_disks")]
     overlay_dir: Option<PathBuf>,
@@ -87,15 +72,13 @@ pub fn run(args: Args) -> Result<(), Failure> {
         output::error(actuator::in_words(&leftover));
     }
     let qemu = QemuOptions {
-        pid: args.pid,
-        disks: !args.no_disks,
         overlay_dir: args.overlay_dir.clone(),
         pause_limit: args.pause_limit,
         guard_command: guard::command(&state_dir),
-        ..QemuOptions::new(args.qmp.clone())
+        ..args.target.qemu_options()
     };
     let options = Options {
-        buffer_bytes: args.buffer.map_or_else(default_buffer_bytes, |size| size.as_u64()),
+        buffer_bytes: args.target.buffer_bytes(),
         max_bandwidth: args.policy.limits.max_bandwidth,
         pause_limit: args.pause_limit,
         ..Options::default()
@@ -104,16 +87,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
         .map_err(|error| Failure::refused(error.reason(), error))
         .and_then(|mut vmm| {
             let forecast = refuse_infeasible(&args, &mut vmm, options.buffer_bytes, &cancel)?;
-            let measures = Measures::attach(args.probes, &mut vmm, &args.out);
+            let measures = Measures::attach(args.probes, &mut vmm, &args.target.out);
             let (bytes, limit) = (options.buffer_bytes, &options.buffer_limit);
             let control = ControlLoop::new(&args.policy, bytes, &mut vmm, limit, &cancel)?;
             Ok((vmm, forecast, measures, control))
         })
         .map(|(mut vmm, forecast, mut measures, mut control)| {
-            let taken = take(&mut vmm, &args.out, &options, &cancel, &mut measures, &mut control);
+            let taken =
+                take(&mut vmm, &args.target.out, &options, &cancel, &mut measures, &mut control);
             Attempt { taken, forecast, measures, control }
         });
-    tell(&args.out, outcome, args.json)
+    tell(&args.target.out, outcome, args.json)
 }
 
 /// A snapshot that was tried, and what was seen and done meanwhile.
@@ -142,7 +126,7 @@ fn refuse_infeasible(
         if forecast::is_trivial(&memory, &policy) {
             return Ok(None);
         }
-        forecast::forecast(vmm, memory, &args.out, policy, &effort, cancel).map(Some)
+        forecast::forecast(vmm, memory, &args.target.out, policy, &effort, cancel).map(Some)
     });
     match made {
         Ok(forecast) => {
@@ -252,19 +236,6 @@ pub fn cancel_on_signal() -> Result<Cancel, Failure> {
     // Nor does Ctrl-Z stop it: a stopped livesnap serves no faults, and the guest would wait.
     handle(SIGTSTP, Arc::default())?;
     Ok(Cancel::from(flag))
-}
-
-/// A tenth of what the host has available, between the least that works and 1 GiB.
-pub fn default_buffer_bytes() -> u64 {
-    use procfs::Current as _;
-    let available = procfs::Meminfo::current().ok().and_then(|memory| memory.mem_available);
-    (available.unwrap_or(0) / 10).clamp(4 * BUFFER_BYTES_MIN, 1 << 30)
-}
-
-/// A process id.
-pub fn parse_pid(text: &str) -> Result<Pid, String> {
-    let number = text.parse().map_err(|_| "not a process id")?;
-    Ok(Pid::from_raw(number).filter(|_| number > 0).ok_or("not a process id")?)
 }
 
 #[cfg(test)]

@@ -14,7 +14,8 @@ use snapshot_core::vmm::Vmm as _;
 use snapshot_core::vmm::qemu::{QemuOptions, QemuVmm};
 
 use self::beside::{Beside, Told};
-use super::snapshot::{cancel_on_signal, parse_pid};
+use super::snapshot::cancel_on_signal;
+use super::target::parse_pid;
 use crate::{Failure, output};
 
 const EXAMPLES: &str = "\

@@ -25,7 +25,8 @@ use snapshot_core::{Cancel, Options, Reason, Report};
 
 use self::guest::Request;
 use self::vmm::{GuestError, GuestProcess};
-use super::snapshot::{cancel_on_signal, default_buffer_bytes, take};
+use super::snapshot::{cancel_on_signal, take};
+use super::target::default_buffer_bytes;
 use crate::control_loop::ControlLoop;
 use crate::measures::Measures;
 use crate::{Failure, output, progress};

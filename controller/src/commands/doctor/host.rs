@@ -14,7 +14,7 @@ use snapshot_core::host::{self, Access, Userfaultfd};
 use snapshot_core::{Reason, image};
 
 use super::Finding;
-use crate::commands::snapshot::default_buffer_bytes;
+use crate::commands::target::default_buffer_bytes;
 use crate::output;
 
 /// Bit of `CAP_SYS_PTRACE` in a set of capabilities (linux/capability.h).

@@ -17,7 +17,7 @@ use snapshot_core::vmm::RunState;
 use snapshot_core::vmm::qemu::preflight::{Refusal, Survey};
 use snapshot_core::vmm::qemu::{QemuOptions, survey};
 
-use super::snapshot::parse_pid;
+use super::target::parse_pid;
 use crate::control_loop::StateArgs;
 use crate::{Failure, actuator, output};
 

@@ -276,8 +276,10 @@ impl Qmp {
             Some(at) => limit.min(at - now),
             None => limit,
         };
-        let deadline = now + limit;
-        let id = self.post(command, arguments, fd, deadline, limit)?;
+        let id = self.post(command, arguments, fd, now + limit, limit)?;
+        // From when it was sent: who was held up before, as by a signal, has not waited for QEMU.
+        let deadline = Instant::now() + limit;
+        let deadline = self.give_up_at.map_or(deadline, |at| deadline.min(at));
         loop {
             let mut reply = self.next_message(command, deadline, limit)?;
             // Others' replies, and late ones to commands that were given up.
