@@ -168,18 +168,20 @@ fn what_is_withheld_is_what_was_commanded() {
         let mut throttle = Throttle::find(state_dir, getpid(), threads).unwrap();
         for share in [0.3, 0.7] {
             throttle.set(&[share; SPINNERS]).unwrap();
-            // On a host that is never at rest only this can be said of all windows.
-            let has_come = (0..WINDOWS).any(|_| {
+            let mut undisturbed = Vec::new();
+            let is_withheld = (0..WINDOWS).any(|_| {
                 let window = Window::of(threads);
+                // Whoever else is there, this can be said of all windows.
                 let most = window.elapsed.mul_f64(share * 1.1);
                 assert!(window.ran < most, "{share}: {window:?}");
                 let commanded = window.elapsed.mul_f64(1.0 - share);
-                let error = window.withheld.abs_diff(commanded);
                 let is_undisturbed = window.is_undisturbed();
-                assert!(!is_undisturbed || error < commanded / 10, "{share}: {window:?}");
-                is_undisturbed
+                let is_withheld = window.withheld.abs_diff(commanded) < commanded / 10;
+                undisturbed.extend(is_undisturbed.then_some(window));
+                is_undisturbed && is_withheld
             });
-            if !has_come {
+            assert!(is_withheld || undisturbed.is_empty(), "{share}: {undisturbed:?}");
+            if undisturbed.is_empty() {
                 eprintln!("SKIPPED: whether so much is withheld, for others use the CPUs");
             }
         }
