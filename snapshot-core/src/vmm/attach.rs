@@ -328,6 +328,10 @@ mod tests {
             while Instant::now() < spin {}
             drop(injector);
         }
-        assert_eq!(report(&mut role), before, "anomalies, descriptors");
+        // Its guard, which is not killed, may still be at it.
+        let deadline = Instant::now() + DEADLINE;
+        while report(&mut role) != before {
+            assert!(Instant::now() < deadline, "{:?} is not {before:?}", report(&mut role));
+        }
     }
 }
