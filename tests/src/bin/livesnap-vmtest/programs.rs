@@ -35,7 +35,13 @@ const WANTED: [Wanted; 9] = [
     Wanted { name: "livesnap/demo", arguments: &[] },
     Wanted {
         name: "livesnap/livesnap",
-        arguments: &["--skip=commanded", "--skip=busy_host", "--test-threads=1"],
+        arguments: &[
+            "actuator",
+            "cgroup",
+            "--skip=commanded",
+            "--skip=busy_host",
+            "--test-threads=1",
+        ],
     },
 ];
 
