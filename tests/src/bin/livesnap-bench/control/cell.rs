@@ -69,7 +69,7 @@ impl Plan {
         let mut command = snapshot_command(
             guest,
             &dir.path().join("snapshot"),
-            &["--buffer", BUFFER, "--on-infeasible=abort"],
+            &["--buffer", BUFFER, "--on-infeasible=abort", "--force"],
         )?;
         if is_controlled {
             command.arg("--record").arg(&record);

@@ -19,7 +19,7 @@ pub fn table(figures: &Figures) -> String {
         .fold((f64::INFINITY, 0.0_f64), |(least, most), load| (least.min(load), most.max(load)));
     let rows: String = cells.iter().map(row).collect();
     format!(
-        "{BEGIN}`{command}`, {date}; {host}; {qemu}, TCG; `--buffer {BUFFER}`, all else by default. Load average of the host before each \
+        "{BEGIN}`{command}`, {date}; {host}; {qemu}, TCG; `--buffer {BUFFER} --force`, all else by default. Load average of the host before each \
          snapshot: {least:.1} to {most:.1}, of which the guest makes 1.\n\n{HEAD}{rows}{END}"
     )
 }
