@@ -41,7 +41,9 @@ pub const TICK_S: f64 = 0.05;
 
 /// Time in which the room left may be used up, in seconds.
 const GLIDE_S: f64 = 0.2;
-/// Share of the buffer that is planned with. Beyond it the engine captures less for a fault (`fault::Locality`), which
+/// What the sweep keeps in the buffer whatever the guest does, in bytes: 16 extents of 2 MiB.
+const SWEEP_BYTES: f64 = (32_u64 << 20) as f64;
+/// Share of the rest of the buffer that is planned with. Beyond it the engine captures less for a fault (`fault::Locality`), which
 /// slows writers down: that part is kept for what could not be foreseen.
 const USEFUL_RATIO: f64 = 0.3;
 /// Share of the buffer from which on the engine captures less for a fault, which holds writers up.
@@ -351,7 +353,8 @@ impl Controller {
         let reserve = at_least.peak_buffer_bytes - from.buffer_used_bytes;
         // The sample is of the past: meanwhile the guest went on with the share it has.
         let since = ((self.command.cpu_ratio * fit.touch_rate - fit.drain_rate) * age_s).max(0.0);
-        let room = limit * USEFUL_RATIO - reserve - from.buffer_used_bytes - since;
+        let useful = SWEEP_BYTES + (limit - SWEEP_BYTES).max(0.0) * USEFUL_RATIO;
+        let room = useful - reserve - from.buffer_used_bytes - since;
         (fit.drain_rate + room / GLIDE_S) / fit.touch_rate
     }
 
