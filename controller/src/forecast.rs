@@ -22,7 +22,8 @@ use snapshot_core::vmm::Vmm;
 use snapshot_core::{Cancel, Reason, image};
 
 use crate::actuator::SHARE_MIN;
-use crate::control_loop::{percent, reason, whole};
+use crate::control_loop::reason;
+use crate::units::{percent, whole};
 use crate::{Failure, output};
 
 /// How much is done for a forecast.

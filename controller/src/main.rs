@@ -18,6 +18,7 @@ mod output;
 mod probes;
 mod progress;
 mod scheduling;
+mod units;
 
 use std::process::ExitCode;
 

@@ -15,34 +15,8 @@ pub struct Bar {
     bar: ProgressBar,
     /// When copying began.
     copying_since: Option<Instant>,
-    faults: Pace,
-    first_touch_bytes: Pace,
-}
-
-/// For how long a rate is shown before a newer one.
-const PACE_INTERVAL: Duration = Duration::from_millis(500);
-
-/// How fast a count has grown lately.
-#[derive(Default)]
-struct Pace {
-    /// When it was last looked at, and what it was then.
-    last: Option<(Instant, u64)>,
-    per_second: u64,
-}
-
-impl Pace {
-    /// The rate, where the count is `count` by `now`.
-    fn at(&mut self, now: Instant, count: u64) -> u64 {
-        let (then, before) = *self.last.get_or_insert((now, count));
-        let elapsed = now.saturating_duration_since(then);
-        if elapsed >= PACE_INTERVAL {
-            let per_second =
-                u128::from(count.saturating_sub(before)) * 1_000 / elapsed.as_millis().max(1);
-            self.per_second = u64::try_from(per_second).unwrap_or(u64::MAX);
-            self.last = Some((now, count));
-        }
-        self.per_second
-    }
+    faults: Rate,
+    first_touch_bytes: Rate,
 }
 
 impl Bar {
@@ -58,8 +32,8 @@ impl Bar {
         Self {
             bar,
             copying_since: None,
-            faults: Pace::default(),
-            first_touch_bytes: Pace::default(),
+            faults: Rate::default(),
+            first_touch_bytes: Rate::default(),
         }
     }
 
@@ -93,6 +67,32 @@ impl Bar {
     /// Takes the line away.
     pub fn end(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// For how long a rate is shown before a newer one.
+const RATE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How fast a count has grown lately.
+#[derive(Default)]
+struct Rate {
+    /// When it was last looked at, and what it was then.
+    last: Option<(Instant, u64)>,
+    per_second: u64,
+}
+
+impl Rate {
+    /// The rate, where the count is `count` by `now`.
+    fn at(&mut self, now: Instant, count: u64) -> u64 {
+        let (then, before) = *self.last.get_or_insert((now, count));
+        let elapsed = now.saturating_duration_since(then);
+        if elapsed >= RATE_INTERVAL {
+            let per_second =
+                u128::from(count.saturating_sub(before)) * 1_000 / elapsed.as_millis().max(1);
+            self.per_second = u64::try_from(per_second).unwrap_or(u64::MAX);
+            self.last = Some((now, count));
+        }
+        self.per_second
     }
 }
 
@@ -222,14 +222,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pace_is_that_of_the_last_interval() {
-        let (mut pace, start) = (Pace::default(), Instant::now());
+    fn a_rate_is_that_of_the_last_interval() {
+        let (mut growth, start) = (Rate::default(), Instant::now());
         let at = |ms| start + Duration::from_millis(ms);
-        assert_eq!(pace.at(at(0), 1_000), 0);
-        assert_eq!(pace.at(at(100), 2_000), 0, "too early to tell");
-        assert_eq!(pace.at(at(1_000), 3_000), 2_000);
-        assert_eq!(pace.at(at(1_400), 9_000), 2_000, "still the one before");
-        assert_eq!(pace.at(at(2_000), 3_500), 500);
+        assert_eq!(growth.at(at(0), 1_000), 0);
+        assert_eq!(growth.at(at(100), 2_000), 0, "too early to tell");
+        assert_eq!(growth.at(at(1_000), 3_000), 2_000);
+        assert_eq!(growth.at(at(1_400), 9_000), 2_000, "still the one before");
+        assert_eq!(growth.at(at(2_000), 3_500), 500);
     }
 
     #[test]

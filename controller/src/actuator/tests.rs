@@ -17,6 +17,7 @@ use serde_json::Value;
 use super::*;
 use crate::cgroup::{Group, Quota};
 use crate::scheduling::{Account, Threads};
+use crate::units::number;
 
 const DEADLINE: Duration = Duration::from_secs(120);
 const SPINNERS: usize = 2;
@@ -206,18 +207,13 @@ fn a_share_is_of_what_a_virtual_cpu_has_on_a_busy_host() {
         throttle.set(&[0.5]).unwrap();
         let Quota { quota_us, period_us } = group_of(threads[0]).quota().unwrap();
         let has = before.ran.as_secs_f64() / before.elapsed.as_secs_f64();
-        let in_force = as_number(quota_us.unwrap()) / as_number(period_us);
+        let in_force = number(quota_us.unwrap()) / number(period_us);
         // At least the kernel's least quota, of which the share is as much as of a tenth of a CPU.
         assert!(
             has < 0.65 && (in_force - (has / 2.0).max(0.1)).abs() < 0.05,
             "{in_force} of {before:?}"
         );
     });
-}
-
-#[expect(clippy::cast_precision_loss, reason = "microseconds of a second at most")]
-const fn as_number(us: u64) -> f64 {
-    us as f64
 }
 
 #[test]

@@ -16,6 +16,7 @@ use super::demand::Demand;
 use super::journal::{Change, Journal, JournalError};
 use crate::cgroup::{CgroupError, Group, Quota};
 use crate::scheduling::{Account, Threads};
+use crate::units::{as_nanos, number};
 
 /// Least share that can be put into force: the kernel's least quota in the longest period used.
 pub const SHARE_MIN: f64 = 0.1;
@@ -118,7 +119,7 @@ impl Throttle {
         for vcpu in &mut self.vcpus {
             let ran = vcpu.ran();
             let withheld = vcpu.withheld()?;
-            self.withheld_ns += nanos(withheld);
+            self.withheld_ns += as_nanos(withheld);
             used += ran.as_secs_f64();
             wanted += vcpu.demand.observe(elapsed, ran, withheld).as_secs_f64();
         }
@@ -241,7 +242,7 @@ impl Vcpu {
 fn is_trifle(in_force: Quota, wanted: Quota) -> bool {
     match (in_force.quota_us, wanted.quota_us) {
         (Some(before), Some(after)) if in_force.period_us == wanted.period_us => {
-            as_number(before.abs_diff(after)) < TRIFLE_RATIO * as_number(before)
+            number(before.abs_diff(after)) < TRIFLE_RATIO * number(before)
         }
         _ => in_force == wanted,
     }
@@ -253,24 +254,13 @@ fn quota(share: f64, demand: f64, found: Quota) -> Quota {
         return found;
     }
     let share = share.max(SHARE_MIN);
-    let most =
-        found.quota_us.map_or(1.0, |us| as_number(us) / as_number(found.period_us)).min(demand);
+    let most = found.quota_us.map_or(1.0, |us| number(us) / number(found.period_us)).min(demand);
     let is_short = share * most * f64::from(PERIOD_US) < QUOTA_US_MIN;
     let period_us = if is_short { PERIOD_US_LONG } else { PERIOD_US };
     let quota_us = (share * most * f64::from(period_us)).max(QUOTA_US_MIN).round();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1000 to 10000")]
     let quota_us = quota_us as u64;
     Quota { quota_us: Some(quota_us), period_us: period_us.into() }
-}
-
-/// A duration in nanoseconds; what does not fit is centuries.
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "microseconds in a period: at most a million")]
-const fn as_number(us: u64) -> f64 {
-    us as f64
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use snapshot_core::Reason;
 
 use crate::output;
 use crate::progress::nanos;
+use crate::units::{number, percent, whole};
 
 /// Changes of the buffer's bound that are told at most.
 const LIMITS_MAX: usize = 256;
@@ -47,15 +48,15 @@ pub struct Account {
 impl Account {
     /// Counts a tick with what was in force meanwhile.
     pub fn count(&mut self, tick_ns: u64, cpu_ratio: f64) {
-        let before = as_number(self.controlled_ns) * self.cpu_ratio_mean;
+        let before = number(self.controlled_ns) * self.cpu_ratio_mean;
         self.cpu_ratio_min =
             if self.controlled_ns == 0 { cpu_ratio } else { self.cpu_ratio_min.min(cpu_ratio) };
         self.controlled_ns += tick_ns;
         if cpu_ratio < 1.0 {
             self.throttled_ns += tick_ns;
         }
-        let sum = before + as_number(tick_ns) * cpu_ratio;
-        self.cpu_ratio_mean = sum / as_number(self.controlled_ns.max(1));
+        let sum = before + number(tick_ns) * cpu_ratio;
+        self.cpu_ratio_mean = sum / number(self.controlled_ns.max(1));
     }
 
     /// Notes a bound of the buffer if it is another one.
@@ -152,22 +153,6 @@ pub fn abort_in_words(abort: &Abort, command: &Command, min_cpu_ratio: f64) -> S
         "given up, for the limits cannot be kept: {what} ({rates}; so for {:.2} s); the guest runs on, and nothing is left of the snapshot: {remedy}, use a faster destination, or let writes wait by --on-infeasible wait",
         abort.evidence_s
     )
-}
-
-/// A share for people.
-pub fn percent(ratio: f64) -> String {
-    format!("{:.0} %", ratio * 100.0)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "2^53 nanoseconds are a hundred days")]
-const fn as_number(ns: u64) -> f64 {
-    ns as f64
-}
-
-/// Bytes; what is no count becomes the nearest one.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates")]
-pub const fn whole(number: f64) -> u64 {
-    number as u64
 }
 
 #[cfg(test)]

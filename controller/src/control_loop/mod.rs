@@ -29,9 +29,10 @@ use snapshot_core::{Abort, BufferLimit, Cancel, Phase, Progress, Reason};
 use crate::Failure;
 use crate::actuator::Throttle;
 use crate::probes::SnapshotProbes;
+use crate::units::{as_nanos, percent, whole};
 
+pub use account::reason;
 use account::{Account, abort_in_words};
-pub use account::{percent, reason, whole};
 pub use policy::{LimitArgs, PolicyArgs, Rule, StateArgs};
 use record::Recorder;
 
@@ -182,7 +183,7 @@ impl Acting {
             return;
         }
         let elapsed = elapsed.unwrap_or_default();
-        self.account.count(nanos(elapsed), self.cpu_ratio());
+        self.account.count(as_nanos(elapsed), self.cpu_ratio());
         self.account.note_limit(progress.buffer_limit_bytes);
         let cpu_ratio = self.measure_cpu_ratio();
         match &mut self.law {
@@ -195,8 +196,8 @@ impl Acting {
                 let total = probes.stalls_over(policy.fault_stall_max_ns);
                 let before = self.last.as_ref().and_then(|last| last.stall);
                 let sample = Sample {
-                    taken_ns: nanos(now - self.began),
-                    age_ns: nanos(now.elapsed()),
+                    taken_ns: as_nanos(now - self.began),
+                    age_ns: as_nanos(now.elapsed()),
                     total_bytes: progress.total_bytes,
                     saved_bytes: progress.saved_bytes,
                     touched_bytes: progress.fault_bytes,
@@ -286,7 +287,7 @@ impl Acting {
         }
         if let Some(last) = &self.last {
             let elapsed = last.at.elapsed();
-            self.account.count(nanos(elapsed), self.cpu_ratio());
+            self.account.count(as_nanos(elapsed), self.cpu_ratio());
             self.measure_cpu_ratio();
         }
         if let Some(mut throttle) = self.throttle.take()
@@ -334,10 +335,6 @@ fn host() -> Option<Host> {
     // Kernels without pressure information have none to tell.
     let pressure = procfs::MemoryPressure::current().map_or(0.0, |memory| memory.some.avg10);
     Some(Host { available_bytes, memory_pressure_ratio: f64::from(pressure) / 100.0 })
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "virtual CPUs are counted by thousands at most")]

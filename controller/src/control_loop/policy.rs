@@ -10,6 +10,7 @@ use livesnap_control::policy::BUFFER_BYTES_MIN;
 use livesnap_control::{OnInfeasible, Policy};
 
 use crate::actuator::{self, SHARE_MIN};
+use crate::units::as_nanos;
 
 /// Limits of a snapshot.
 #[derive(clap::Args)]
@@ -94,9 +95,9 @@ impl LimitArgs {
     pub fn policy(&self, buffer_bytes: u64) -> Policy {
         Policy {
             buffer_bytes_max: buffer_bytes,
-            fault_stall_max_ns: nanos(self.stall_limit),
+            fault_stall_max_ns: as_nanos(self.stall_limit),
             min_cpu_ratio: self.min_cpu,
-            deadline_ns: self.deadline.map(nanos),
+            deadline_ns: self.deadline.map(as_nanos),
             on_infeasible: OnInfeasible::Abort,
         }
     }
@@ -134,10 +135,6 @@ impl PolicyArgs {
     pub fn record(&self) -> Option<&PathBuf> {
         self.record.as_ref()
     }
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Bytes a second, of which there must be some.
