@@ -19,7 +19,7 @@ use snapshot_core::bandwidth::{self, Bandwidth, Limits};
 use snapshot_core::dirty_rate::{DirtyRateError, Sampler, SamplerOptions, Window};
 use snapshot_core::footprint::{self, Footprint};
 use snapshot_core::vmm::Vmm;
-use snapshot_core::{Cancel, Reason, image};
+use snapshot_core::{Cancel, Reason};
 
 use crate::actuator::SHARE_MIN;
 use crate::control_loop::reason;
@@ -112,21 +112,12 @@ pub fn forecast(
 /// Refuses a destination without room, by the engine's own rule.
 ///
 /// # Errors
-/// `no_space`, or if the file system cannot be asked.
+/// `no_space`.
 pub fn check_space(memory: &Footprint, out: &Path) -> Result<(), Failure> {
-    let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
-    let needed_bytes = memory.size_max_bytes;
-    match image::free_bytes(parent) {
-        Ok(free_bytes) if free_bytes < needed_bytes => {
-            let text = format!(
-                "the snapshot needs up to {needed_bytes} bytes and {} has {free_bytes} free: free space there or choose another destination",
-                parent.display()
-            );
-            Err(Failure::refused(Reason::NoSpace, text))
-        }
+    match footprint::lacks_space(out, memory.size_max_bytes) {
+        Ok(Some(lacking)) => Err(Failure::refused(Reason::NoSpace, lacking)),
         // Who measures the destination says better what is wrong with it.
-        Ok(_) | Err(_) => Ok(()),
+        Ok(None) | Err(_) => Ok(()),
     }
 }
 

@@ -5,6 +5,7 @@
 //! and only where it exists, so nothing comes into being by it. Runs on the caller's thread.
 
 use std::io::{self, IoSliceMut};
+use std::path::{Path, PathBuf};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use rustix::process::Pid;
@@ -12,6 +13,7 @@ use rustix::process::Pid;
 use crate::Reason;
 use crate::address::{HostVirtAddr, PAGE_BYTES, as_index};
 use crate::dirty_rate::Random;
+use crate::image::{self, ImageError};
 use crate::mappings::{self, MappingError, MappingKind, RamMapping};
 use crate::pagemap::{Entries, Pagemap};
 use crate::ram::RamLayout;
@@ -108,6 +110,31 @@ pub fn size_max_bytes(pid: Pid, layout: &RamLayout, mappings: &[RamMapping]) -> 
     let tables_bytes = total_bytes / PAGE_BYTES / 8 + total_bytes / PAGE_BYTES * 4;
     let blocks = layout.blocks().len() as u64;
     populated.min(total_bytes) + tables_bytes + (blocks + 4) * (1 << 20)
+}
+
+/// A destination without room.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the snapshot needs up to {needed_bytes} bytes and {path:?} has {free_bytes} free: free space there or choose another destination"
+)]
+pub struct NoSpace {
+    /// The directory that the snapshot would be made in.
+    pub path: PathBuf,
+    /// What it may need at most, in bytes.
+    pub needed_bytes: u64,
+    /// What is free there, in bytes.
+    pub free_bytes: u64,
+}
+
+/// Whether the place of `destination` lacks room for `needed_bytes`.
+///
+/// # Errors
+/// If the file system cannot be asked.
+pub fn lacks_space(destination: &Path, needed_bytes: u64) -> Result<Option<NoSpace>, ImageError> {
+    let parent = destination.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let path = parent.unwrap_or(Path::new(".")).to_owned();
+    let free_bytes = image::free_bytes(&path)?;
+    Ok((free_bytes < needed_bytes).then_some(NoSpace { path, needed_bytes, free_bytes }))
 }
 
 /// Memory in a mapping that exists. Of shared memory this process may have mapped only a part.

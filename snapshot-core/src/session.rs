@@ -22,15 +22,14 @@ use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::process::Pid;
 
 use crate::Reason;
 use crate::address::PAGE_BYTES;
 use crate::arm::{self, Rounds};
 use crate::buffer::{Buffer, EXTENT_BYTES};
 use crate::capture::{CaptureError, Engine, Mode};
-use crate::footprint::size_max_bytes;
-use crate::image::{self, FilePlan, ImageError, SnapshotFacts, Staging};
+use crate::footprint::{NoSpace, lacks_space, size_max_bytes};
+use crate::image::{FilePlan, ImageError, SnapshotFacts, Staging};
 use crate::mappings::{self, MappingError, MappingKind, RamMapping};
 use crate::pace::Pace;
 use crate::pagemap::Pagemap;
@@ -263,17 +262,8 @@ pub enum Cause {
         missing: &'static str,
     },
     /// There is not enough space.
-    #[error(
-        "the snapshot needs up to {needed_bytes} bytes and {path:?} has {free_bytes} free: free space there or choose another destination"
-    )]
-    NoSpace {
-        /// Destination.
-        path: PathBuf,
-        /// Populated RAM and tables, in bytes.
-        needed_bytes: u64,
-        /// Free there, in bytes.
-        free_bytes: u64,
-    },
+    #[error(transparent)]
+    NoSpace(#[from] NoSpace),
     /// The buffer is too small to work with.
     #[error("a copy buffer of {buffer_bytes} bytes is too small: give at least {least_bytes}")]
     BufferTooSmall {
@@ -334,7 +324,7 @@ impl Cause {
                 _ => Reason::KernelUnfit,
             },
             Self::KernelUnfit { .. } => Reason::KernelUnfit,
-            Self::NoSpace { .. } => Reason::NoSpace,
+            Self::NoSpace(_) => Reason::NoSpace,
             Self::BufferTooSmall { .. } => Reason::BadArgument,
             Self::PauseTooLong { .. } => Reason::PauseTooLong,
             Self::Cancelled => Reason::Cancelled,
@@ -433,7 +423,10 @@ impl Session<'_> {
         let mappings = mappings::covering(vmm.pid(), &layout)?;
         check_mappings(&mappings)?;
         let staging = Staging::create(destination)?;
-        check_space(vmm.pid(), &layout, &mappings, staging.destination())?;
+        let needed_bytes = size_max_bytes(vmm.pid(), &layout, &mappings);
+        if let Some(lacking) = lacks_space(staging.destination(), needed_bytes)? {
+            return Err(lacking.into());
+        }
         let plan = FilePlan::new(&machine.machine_type, &layout)?;
         let storage = storage::open(&staging.ram_path(), plan.trailer_offset())
             .map_err(|source| CaptureError::Storage { stage: "opening it", source })?;
@@ -841,22 +834,6 @@ fn check_mappings(mappings: &[RamMapping]) -> Result<(), Cause> {
         if mapping.kind == MappingKind::Hugetlb && page_bytes > EXTENT_BYTES as u64 {
             return Err(Cause::HugePageSize { start: mapping.start, page_bytes });
         }
-    }
-    Ok(())
-}
-
-/// Refuses a destination that has no room for what the snapshot may need at most.
-fn check_space(
-    pid: Pid,
-    layout: &RamLayout,
-    mappings: &[RamMapping],
-    destination: &Path,
-) -> Result<(), Cause> {
-    let needed_bytes = size_max_bytes(pid, layout, mappings);
-    let parent = destination.parent().unwrap_or(destination);
-    let free_bytes = image::free_bytes(parent)?;
-    if needed_bytes > free_bytes {
-        return Err(Cause::NoSpace { path: parent.into(), needed_bytes, free_bytes });
     }
     Ok(())
 }

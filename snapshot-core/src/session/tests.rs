@@ -34,7 +34,7 @@ trait Guest: Send {
 struct GuestVmm<G>(G);
 
 impl<G: Guest> Vmm for GuestVmm<G> {
-    fn pid(&self) -> Pid {
+    fn pid(&self) -> rustix::process::Pid {
         rustix::process::getpid()
     }
 
