@@ -6,8 +6,9 @@
 //!                           └──────requeue──────┘ └─ a part completed: stays
 //! ```
 //!
-//! A request is remembered by its address, or by what tells it from others. The thread that puts it into a queue is the one it belongs to; without a
-//! queue it is the thread that issues it. Who completes it tells nothing: that is an interrupt.
+//! A request is remembered by its address, or by what tells it from others. The thread that puts it into a queue is the
+//! one it belongs to; without a queue it is the thread that issues it. Who completes it tells nothing: that is an
+//! interrupt.
 
 use crate::atomic::fetch_add;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};

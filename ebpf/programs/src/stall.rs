@@ -76,6 +76,31 @@ macro_rules! stall_maps {
     };
 }
 
+/// Declares the programs that see, by raw tracepoints, what virtual CPUs under KVM wait; the file has `MAPS` and `STARTS`.
+#[macro_export]
+macro_rules! stall_raw_kvm {
+    () => {
+        /// The third argument is the error code since Linux 6.0.
+        #[aya_ebpf::macros::raw_tracepoint]
+        pub fn raw_kvm_page_fault(ctx: aya_ebpf::programs::RawTracePointContext) -> i32 {
+            $crate::stall::guest_faults(&MAPS, &STARTS, ctx.arg(2));
+            0
+        }
+
+        #[aya_ebpf::macros::raw_tracepoint]
+        pub fn raw_kvm_entry(_: aya_ebpf::programs::RawTracePointContext) -> i32 {
+            $crate::stall::guest_goes_on(&MAPS, &STARTS);
+            0
+        }
+
+        #[aya_ebpf::macros::raw_tracepoint]
+        pub fn raw_kvm_userspace_exit(_: aya_ebpf::programs::RawTracePointContext) -> i32 {
+            $crate::stall::guest_is_left(&MAPS, &STARTS);
+            0
+        }
+    };
+}
+
 /// Where the fault that a thread is in is remembered.
 pub trait Starts {
     /// That of the running thread `tid`, if it ever had one.

@@ -82,24 +82,7 @@ fn trace_page_fault(ctx: &TracePointContext, mode: u32) -> u32 {
     0
 }
 
-/// KVM's third argument is the error code since Linux 6.0.
-#[raw_tracepoint]
-pub fn raw_kvm_page_fault(ctx: RawTracePointContext) -> i32 {
-    stall::guest_faults(&MAPS, &STARTS, ctx.arg(2));
-    0
-}
-
-#[raw_tracepoint]
-pub fn raw_kvm_entry(_: RawTracePointContext) -> i32 {
-    stall::guest_goes_on(&MAPS, &STARTS);
-    0
-}
-
-#[raw_tracepoint]
-pub fn raw_kvm_userspace_exit(_: RawTracePointContext) -> i32 {
-    stall::guest_is_left(&MAPS, &STARTS);
-    0
-}
+livesnap_ebpf_programs::stall_raw_kvm!();
 
 #[tracepoint]
 pub fn trace_kvm_page_fault(ctx: TracePointContext) -> u32 {

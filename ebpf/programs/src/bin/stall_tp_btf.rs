@@ -8,8 +8,8 @@ use aya_ebpf::bindings::{
     BPF_F_NO_PREALLOC, BPF_LOCAL_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_TASK_STORAGE,
 };
 use aya_ebpf::helpers::{bpf_get_current_task_btf, generated::bpf_task_storage_get};
-use aya_ebpf::macros::{btf_map, btf_tracepoint, perf_event, raw_tracepoint};
-use aya_ebpf::programs::{BtfTracePointContext, PerfEventContext, RawTracePointContext};
+use aya_ebpf::macros::{btf_map, btf_tracepoint, perf_event};
+use aya_ebpf::programs::{BtfTracePointContext, PerfEventContext};
 use livesnap_ebpf_common::{MODE_KERNEL, MODE_USER, Start};
 use livesnap_ebpf_programs::stall::{self, Starts};
 
@@ -80,24 +80,8 @@ pub fn page_fault_kernel(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-// Raw tracepoints: the loader cannot find BTF tracepoints of modules, which KVM may be.
-#[raw_tracepoint]
-pub fn raw_kvm_page_fault(ctx: RawTracePointContext) -> i32 {
-    stall::guest_faults(&MAPS, &STARTS, ctx.arg(2));
-    0
-}
-
-#[raw_tracepoint]
-pub fn raw_kvm_entry(_: RawTracePointContext) -> i32 {
-    stall::guest_goes_on(&MAPS, &STARTS);
-    0
-}
-
-#[raw_tracepoint]
-pub fn raw_kvm_userspace_exit(_: RawTracePointContext) -> i32 {
-    stall::guest_is_left(&MAPS, &STARTS);
-    0
-}
+// The loader cannot find BTF tracepoints of modules, which KVM may be.
+livesnap_ebpf_programs::stall_raw_kvm!();
 
 #[perf_event]
 pub fn page_fault_end(ctx: PerfEventContext) -> i32 {
