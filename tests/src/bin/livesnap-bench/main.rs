@@ -5,6 +5,7 @@
 //! measure   one snapshot by one tool, seen from outside and from within the guest
 //! report    medians, tables, targets
 //! chart     the same as a picture
+//! figures   what was measured, in files and pages
 //! control   what the controller makes of slow destinations, which is another table
 //! ```
 //!
@@ -15,12 +16,12 @@
 
 mod chart;
 mod control;
+mod figures;
 mod measure;
 mod report;
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -29,6 +30,7 @@ use livesnap_tests::interrupt;
 use livesnap_tests::qemu::{Load, Qemu, Ram};
 use serde::{Deserialize, Serialize};
 
+use crate::figures::Figures;
 use crate::measure::{Run, Tool};
 
 /// MiB that the guest rewrites over and over.
@@ -65,7 +67,7 @@ struct Args {
     /// Snapshots by each tool of each guest [default: 5, and 3 from 4 GiB on]
     #[arg(long)]
     runs: Option<u32>,
-    /// Where to write all figures as JSON, after each guest
+    /// Where to write all figures as JSON, a line for each guest, after each guest
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Measure nothing: take the figures from what --json has written
@@ -130,19 +132,10 @@ struct Case {
     runs: Vec<Run>,
 }
 
-/// All figures, and what they were measured on.
-#[derive(Debug, Serialize, Deserialize)]
-struct Figures {
-    command: String,
-    date: String,
-    host: String,
-    qemu: String,
-    cases: Vec<Case>,
-}
-
 fn main() -> ExitCode {
     let args = Args::parse();
-    match if args.control.control { control::run(&args) } else { run(&args) } {
+    let run = if args.control.control { control::run } else { run };
+    match interrupt::watch().and_then(|()| run(&args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("livesnap-bench: {error:#}");
@@ -152,45 +145,17 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let figures = match &args.from {
-        Some(path) => {
-            let text = fs::read_to_string(path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            serde_json::from_str(&text)
-                .with_context(|| format!("{} holds no figures", path.display()))?
-        }
-        None => measure_all(args)?,
-    };
+    let measure = |case| Ok(vec![measure_case(case, args)?]);
+    let (from, json) = (args.from.as_deref(), args.json.as_deref());
+    let figures = Figures::read_or_measure(from, json, plan(args), measure)?;
     let tables = report::tables(&figures);
     println!("{tables}");
     if args.update_docs {
         let page = Path::new("docs/performance.md");
-        let text =
-            fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
-        write(page, &report::replace_tables(&text, &tables)?)?;
-        write(&page.with_extension("svg"), &chart::draw(&figures.cases))?;
-        write_json(&page.with_extension("json"), &figures)?;
+        figures.put_into(page, &tables)?;
+        figures::write(&page.with_extension("svg"), &chart::draw(&figures.cases))?;
     }
     Ok(())
-}
-
-fn measure_all(args: &Args) -> Result<Figures> {
-    interrupt::watch()?;
-    let words = ["cargo xtask bench".to_owned()].into_iter().chain(std::env::args().skip(1));
-    let mut figures = Figures {
-        command: words.collect::<Vec<_>>().join(" "),
-        date: said_by("date", &["--utc", "+%Y-%m-%d %H:%M UTC"])?,
-        host: host()?,
-        qemu: said_by("qemu-system-x86_64", &["--version"])?,
-        cases: Vec::new(),
-    };
-    for case in plan(args) {
-        figures.cases.push(measure_case(case, args)?);
-        if let Some(path) = &args.json {
-            write_json(path, &figures)?;
-        }
-    }
-    Ok(figures)
 }
 
 /// The guests to measure, small ones first; those of the middle size once more, paced.
@@ -244,39 +209,6 @@ fn measure_case(mut case: Case, args: &Args) -> Result<Case> {
     let beat = guest.wait_heartbeat(BOOT, |_| true)?;
     ensure!(beat.inconsistent == 0, "{name}: the guest found {} wrong pages", beat.inconsistent);
     Ok(case)
-}
-
-/// CPUs, memory and kernel of this machine.
-fn host() -> Result<String> {
-    let cpus = fs::read_to_string("/proc/cpuinfo").context("cannot read /proc/cpuinfo")?;
-    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
-    let memory = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let kib: u64 = memory
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok())
-        .context("/proc/meminfo has no MemTotal")?;
-    let kernel = said_by("uname", &["--kernel-release"])?;
-    let model = model.map_or("unknown", |(_, model)| model);
-    Ok(format!("{count} CPUs ({model}), {} GiB RAM, Linux {kernel}", kib.div_ceil(1 << 20)))
-}
-
-/// The first line that a command prints.
-fn said_by(program: &str, arguments: &[&str]) -> Result<String> {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .with_context(|| format!("cannot run {program}"))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text.lines().next().with_context(|| format!("{program} says nothing"))?.to_owned())
-}
-
-fn write_json(path: &Path, figures: &impl Serialize) -> Result<()> {
-    write(path, &(serde_json::to_string_pretty(figures).context("cannot make JSON")? + "\n"))
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 #[cfg(test)]

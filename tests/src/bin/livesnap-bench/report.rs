@@ -2,14 +2,9 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context, Result};
-
+use crate::figures::Figures;
 use crate::measure::{Run, Tool};
-use crate::{Case, Figures, Kind, PACED_RATE};
-
-/// What the tool writes into a page stands between these.
-pub const BEGIN: &str = "<!-- begin: written by cargo xtask bench -->\n";
-pub const END: &str = "<!-- end -->";
+use crate::{Case, Kind, PACED_RATE};
 
 /// Median of what `figure` tells of each run by `tool`; NaN if there is none.
 pub fn median(case: &Case, tool: Tool, figure: impl Fn(&Run) -> f64) -> f64 {
@@ -57,29 +52,22 @@ pub fn line(run: &Run) -> String {
     text
 }
 
-/// All tables, between their markers.
-pub fn tables(figures: &Figures) -> String {
-    let Figures { command, date, host, qemu, cases } = figures;
+/// All tables.
+pub fn tables(figures: &Figures<Case>) -> String {
+    let Figures { source, cases } = figures;
     let full: Vec<&Case> = cases.iter().filter(|case| !case.paced).collect();
     let paced: Vec<&Case> = cases.iter().filter(|case| case.paced).collect();
     let loads = cases.iter().flat_map(|case| &case.runs).map(|run| run.load_average);
     let (least, most) = loads
         .fold((f64::INFINITY, 0.0_f64), |(least, most), load| (least.min(load), most.max(load)));
     format!(
-        "{BEGIN}`{command}`, {date}; {host}; {qemu}, TCG. Load average of the host before each snapshot: {least:.1} to {most:.1}, of which the guest makes 1 to 2.\n\n### Downtime and total time\n\n{}\n### Where livesnap's time goes\n\n{}\n\
-         ### What the guest notices\n\n{}\n### Targets\n\n{}{END}",
+        "{source}. Load average of the host before each snapshot: {least:.1} to {most:.1}, of which the guest makes 1 to 2.\n\n### Downtime and total time\n\n{}\n### Where livesnap's time goes\n\n{}\n\
+         ### What the guest notices\n\n{}\n### Targets\n\n{}",
         times(&full),
         parts(&full),
         guest_view(&full, &paced),
         targets(&full)
     )
-}
-
-/// `text` with what stands between the markers replaced.
-pub fn replace_tables(text: &str, tables: &str) -> Result<String> {
-    let (before, rest) = text.split_once(BEGIN).context("the page has no marker of a beginning")?;
-    let (_, after) = rest.split_once(END).context("the page has no marker of an end")?;
-    Ok(format!("{before}{tables}{after}"))
 }
 
 fn times(cases: &[&Case]) -> String {
@@ -222,16 +210,7 @@ pub fn size(mib: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
     use super::*;
-
-    #[test]
-    fn only_what_is_between_the_markers_is_replaced() {
-        let page = format!("before\n{BEGIN}old\n{END}\nafter\n");
-        let new = format!("{BEGIN}new\n{END}");
-        assert_eq!(replace_tables(&page, &new).unwrap(), format!("before\n{new}\nafter\n"));
-        assert!(replace_tables("no markers", &new).is_err());
-    }
 
     #[test]
     fn the_middle_of_an_even_number_is_between_two() {

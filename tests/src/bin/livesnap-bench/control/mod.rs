@@ -11,19 +11,17 @@
 mod cell;
 mod table;
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
-use livesnap_tests::interrupt;
 use livesnap_tests::qemu::{Load, Qemu};
 use serde::{Deserialize, Serialize};
 
-use crate::{BOOT, host, report, said_by, write, write_json};
+use crate::BOOT;
+use crate::figures::Figures;
 use cell::Cell;
 
-const PAGE: &str = "docs/controller.md";
 /// RAM of each guest, of which its program writes [`WRITTEN_MIB`].
 const MEMORY_MIB: u32 = 384;
 const WRITTEN_MIB: u32 = 256;
@@ -95,56 +93,21 @@ impl std::fmt::Display for Writer {
     }
 }
 
-/// All figures, and what they were measured on.
-#[derive(Debug, Serialize, Deserialize)]
-struct Figures {
-    command: String,
-    date: String,
-    host: String,
-    qemu: String,
-    cells: Vec<Cell>,
-}
-
 /// Measures, or takes figures from a file, and tells them.
+///
+/// # Errors
+/// If a guest or a destination cannot be had, or the file cannot be read or written.
 pub fn run(args: &crate::Args) -> Result<()> {
-    let figures = match &args.from {
-        Some(path) => {
-            let text = fs::read_to_string(path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            serde_json::from_str(&text)
-                .with_context(|| format!("{} holds no figures of the controller", path.display()))?
-        }
-        None => measure_all(&args.control, args.json.as_deref())?,
-    };
+    let ControlArgs { writers, limits, .. } = &args.control;
+    let measure = |&writer| measure_writer(writer, limits);
+    let (from, json) = (args.from.as_deref(), args.json.as_deref());
+    let figures = Figures::read_or_measure(from, json, writers, measure)?;
     let table = table::table(&figures);
     println!("{table}");
     if args.update_docs {
-        let page = Path::new(PAGE);
-        let text =
-            fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
-        write(page, &report::replace_tables(&text, &table)?)?;
-        write_json(&page.with_extension("json"), &figures)?;
+        figures.put_into(Path::new("docs/controller.md"), &table)?;
     }
     Ok(())
-}
-
-fn measure_all(args: &ControlArgs, json: Option<&Path>) -> Result<Figures> {
-    interrupt::watch()?;
-    let words = ["cargo xtask bench".to_owned()].into_iter().chain(std::env::args().skip(1));
-    let mut figures = Figures {
-        command: words.collect::<Vec<_>>().join(" "),
-        date: said_by("date", &["--utc", "+%Y-%m-%d %H:%M UTC"])?,
-        host: host()?,
-        qemu: said_by("qemu-system-x86_64", &["--version"])?,
-        cells: Vec::new(),
-    };
-    for &writer in &args.writers {
-        figures.cells.extend(measure_writer(writer, &args.limits)?);
-        if let Some(path) = json {
-            write_json(path, &figures)?;
-        }
-    }
-    Ok(figures)
 }
 
 /// Boots the guest and takes snapshots of it with and without control in turns, to each destination.

@@ -2,25 +2,25 @@
 
 use std::fmt::Write as _;
 
+use super::BUFFER;
 use super::cell::Cell;
-use super::{BUFFER, Figures};
-use crate::report::{BEGIN, END};
+use crate::figures::Figures;
 
 const HEAD: &str = "\
 | guest | MB/s | control | outcome | peak buffer, MiB | CPU time denied, s: commanded | by `cpu.stat` | stall p99, ms | in stalls, s | faults that waited for room | writes kept, % |
 | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 ";
 
-/// The table, between its markers.
-pub fn table(figures: &Figures) -> String {
-    let Figures { command, date, host, qemu, cells } = figures;
-    let loads = cells.iter().map(|cell| cell.load_average);
+/// The table.
+pub fn table(figures: &Figures<Cell>) -> String {
+    let Figures { source, cases } = figures;
+    let loads = cases.iter().map(|cell| cell.load_average);
     let (least, most) = loads
         .fold((f64::INFINITY, 0.0_f64), |(least, most), load| (least.min(load), most.max(load)));
-    let rows: String = cells.iter().map(row).collect();
+    let rows: String = cases.iter().map(row).collect();
     format!(
-        "{BEGIN}`{command}`, {date}; {host}; {qemu}, TCG; `--buffer {BUFFER} --force`, all else by default. Load average of the host before each \
-         snapshot: {least:.1} to {most:.1}, of which the guest makes 1.\n\n{HEAD}{rows}{END}"
+        "{source}; `--buffer {BUFFER} --force`, all else by default. Load average of the host before each \
+         snapshot: {least:.1} to {most:.1}, of which the guest makes 1.\n\n{HEAD}{rows}"
     )
 }
 
