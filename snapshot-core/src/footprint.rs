@@ -14,7 +14,7 @@ use crate::Reason;
 use crate::address::{HostVirtAddr, PAGE_BYTES, as_index};
 use crate::dirty_rate::Random;
 use crate::image::{self, ImageError};
-use crate::mappings::{self, MappingError, MappingKind, RamMapping};
+use crate::mappings::{MappingError, MappingKind, RamMapping};
 use crate::pagemap::{Entries, Pagemap};
 use crate::ram::RamLayout;
 use crate::vmm::{Vmm, VmmError};
@@ -81,7 +81,7 @@ impl FootprintError {
 pub fn look(vmm: &mut dyn Vmm, seed: u64) -> Result<Footprint, FootprintError> {
     let pid = vmm.pid();
     let layout = vmm.ram_layout()?;
-    let mappings = mappings::covering(pid, &layout)?;
+    let mappings = vmm.ram_mappings(&layout)?;
     let failed =
         |address| move |source| FootprintError::Look { pid: pid.as_raw_pid(), address, source };
     let pagemap = Pagemap::open(pid).map_err(failed(HostVirtAddr(0)))?;

@@ -1,8 +1,8 @@
 //! What stands behind guest RAM in the process that owns it, read from `/proc/PID/smaps`.
 //!
 //! The preflight judges by it whether RAM can be write-protected at all; the engine chooses by it how to
-//! read pages. Reading smaps walks the page tables, some 10 ms per GiB of populated RAM, so it is done
-//! once per session and before the pause.
+//! read pages. Reading smaps walks the page tables, tens of milliseconds per GiB of populated RAM in small pages, so
+//! an attached VMM is looked at once, before anything begins.
 
 use std::path::PathBuf;
 

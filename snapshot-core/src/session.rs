@@ -30,7 +30,7 @@ use crate::buffer::{Buffer, EXTENT_BYTES};
 use crate::capture::{CaptureError, Engine, Mode};
 use crate::footprint::{NoSpace, lacks_space, size_max_bytes};
 use crate::image::{FilePlan, ImageError, SnapshotFacts, Staging};
-use crate::mappings::{self, MappingError, MappingKind, RamMapping};
+use crate::mappings::{MappingError, MappingKind, RamMapping};
 use crate::pace::Pace;
 use crate::pagemap::Pagemap;
 use crate::protection::{ProtectedRam, RegisterError};
@@ -420,7 +420,7 @@ impl Session<'_> {
         self.enter(Phase::Preparing, None);
         let machine = vmm.describe()?;
         let layout = vmm.ram_layout()?;
-        let mappings = mappings::covering(vmm.pid(), &layout)?;
+        let mappings = vmm.ram_mappings(&layout)?;
         check_mappings(&mappings)?;
         let staging = Staging::create(destination)?;
         let needed_bytes = size_max_bytes(vmm.pid(), &layout, &mappings);

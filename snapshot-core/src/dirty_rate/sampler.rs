@@ -16,7 +16,7 @@ use super::estimate::{Estimate, Observation, estimate, float};
 use super::sample::{CHUNK_BYTES, Chunk, Strata, divide};
 use crate::Cancel;
 use crate::address::{HostVirtAddr, PAGE_BYTES, as_index};
-use crate::mappings::{self, RamMapping};
+use crate::mappings::RamMapping;
 use crate::pagemap::Pagemap;
 use crate::ram::RamLayout;
 use crate::sys::uffd::{Context, Features, Notice, Notices};
@@ -108,7 +108,7 @@ impl Sampler {
             return Err(DirtyRateError::Kernel);
         }
         let layout = vmm.ram_layout()?;
-        let mappings = mappings::covering(pid, &layout)?;
+        let mappings = vmm.ram_mappings(&layout)?;
         let descriptors = [vmm.userfaultfd()?, vmm.userfaultfd()?];
         Self::new(pid, &layout, &mappings, descriptors, options)
             .map_err(failed("prepare watching memory"))
@@ -366,6 +366,7 @@ impl Drop for Watched<'_> {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
     use super::*;
+    use crate::mappings;
     use crate::ram::RamBlock;
     use crate::sys::memory::{HUGE_BYTES, HugeBuffer};
     use crate::sys::uffd::create_local;

@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::Reason;
+use crate::mappings::{MappingError, RamMapping, covering};
 use crate::ram::RamLayout;
 
 /// A virtual machine monitor whose guest can be snapshotted.
@@ -23,7 +24,8 @@ use crate::ram::RamLayout;
 /// threads serve it, so an implementation must not make *those* wait for itself.
 ///
 /// ```text
-/// describe, ram_layout, userfaultfd × n, prepare_disks      guest running
+/// describe, ram_layout, ram_mappings                        guest running
+/// userfaultfd × n, prepare_disks                            guest running
 /// prepare_pause                                             guest running, RAM protected
 /// pause, device_state, switch_disks, resume                 the pause
 /// check × n                                                 guest running, RAM being copied
@@ -44,6 +46,15 @@ pub trait Vmm: Send {
     /// # Errors
     /// If the VMM cannot be asked or its answer is not understood.
     fn ram_layout(&mut self) -> Result<RamLayout, VmmError>;
+
+    /// What stands behind the blocks of `layout` in the process that owns them. An implementation that has looked
+    /// already hands that out, for looking takes long.
+    ///
+    /// # Errors
+    /// As [`covering`].
+    fn ram_mappings(&mut self, layout: &RamLayout) -> Result<Vec<RamMapping>, MappingError> {
+        covering(self.pid(), layout)
+    }
 
     /// A new userfaultfd of the process that owns the RAM, non-blocking, before `UFFDIO_API`. No copy of
     /// it may stay in that process or any other.

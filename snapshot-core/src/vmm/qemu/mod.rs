@@ -34,7 +34,7 @@ use super::fd_passing::wait_for;
 use super::guard::{Guard, GuardError};
 use super::{DeviceState, DiskSnapshot, MachineDescription, Outcome, RunState, Vmm, VmmError};
 use crate::Reason;
-use crate::mappings::MappingError;
+use crate::mappings::{MappingError, RamMapping};
 use crate::ram::RamLayout;
 use crate::sys::uffd::DEVICE;
 
@@ -236,6 +236,8 @@ pub struct QemuVmm {
     guard: Guard,
     machine: MachineDescription,
     layout: RamLayout,
+    /// As the preflight saw them.
+    mappings: Vec<RamMapping>,
     disks: Disks,
     state_slot: Option<Slot>,
     pause: Option<Pause>,
@@ -312,8 +314,9 @@ impl QemuVmm {
     fn attach_for(options: QemuOptions, purpose: Purpose) -> Result<Self, QemuError> {
         let mut qmp = Qmp::connect(&options.qmp_socket, options.command_timeout)?;
         let process = QemuProcess::of(&qmp, &options)?;
-        let survey = preflight::survey(&mut qmp, &process, &options)?;
-        let refusals = purpose.forbidden_by(survey.refusals);
+        let Survey { machine, layout, mappings, disks, refusals, .. } =
+            preflight::survey(&mut qmp, &process, &options)?;
+        let refusals = purpose.forbidden_by(refusals);
         if !refusals.is_empty() {
             return Err(match purpose {
                 Purpose::Snapshot => QemuError::Refused(refusals),
@@ -322,8 +325,7 @@ impl QemuVmm {
         }
         let guard = Guard::start(&options.guard_command)?;
         guard.watch(qmp.socket())?;
-        let disks = Disks::new(survey.disks, &options);
-        let (machine, layout) = (survey.machine, survey.layout);
+        let disks = Disks::new(disks, &options);
         Ok(Self {
             options,
             qmp,
@@ -331,6 +333,7 @@ impl QemuVmm {
             guard,
             machine,
             layout,
+            mappings,
             disks,
             state_slot: None,
             pause: None,
@@ -530,6 +533,10 @@ impl Vmm for QemuVmm {
 
     fn ram_layout(&mut self) -> Result<RamLayout, VmmError> {
         Ok(self.layout.clone())
+    }
+
+    fn ram_mappings(&mut self, _layout: &RamLayout) -> Result<Vec<RamMapping>, MappingError> {
+        Ok(self.mappings.clone())
     }
 
     fn userfaultfd(&mut self) -> Result<OwnedFd, VmmError> {
