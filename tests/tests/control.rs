@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use livesnap_tests::check::check_files;
@@ -20,6 +21,13 @@ const BOOT: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(60);
 /// Slow enough that a snapshot is still at it when the test has looked.
 const CRAWL: u64 = 2 << 20;
+
+/// One guest at a time, by emulation and busy on two virtual CPUs: more of them would hold each other up. Nothing where the
+/// tests cannot run.
+fn turn() -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    is_root_or_skip("cgroups").unwrap().then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner))
+}
 
 fn boot(builder: &Builder) -> Qemu {
     let mut qemu = builder.start().unwrap();
@@ -80,9 +88,7 @@ enum Ending {
 
 #[test]
 fn cpu_time_is_given_back_however_a_snapshot_ends() {
-    if !is_root_or_skip("cgroups").unwrap() {
-        return;
-    }
+    let Some(_turn) = turn() else { return };
     let mut qemu = boot(&Qemu::builder().vcpus(2));
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let state_dir = dir.path().join("state");
@@ -148,9 +154,7 @@ const WINDOWS: usize = 20;
 
 #[test]
 fn virtual_cpus_are_denied_the_cpu_time_that_was_commanded() {
-    if !is_root_or_skip("cgroups").unwrap() {
-        return;
-    }
+    let Some(_turn) = turn() else { return };
     let mut qemu = boot(&Qemu::builder());
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let slow = SlowDisk::new(dir.path(), CRAWL).unwrap();
@@ -202,9 +206,7 @@ fn busy_guest() -> Qemu {
 
 #[test]
 fn a_snapshot_that_cannot_keep_its_limits_is_given_up_early() {
-    if !is_root_or_skip("cgroups").unwrap() {
-        return;
-    }
+    let Some(_turn) = turn() else { return };
     let mut qemu = busy_guest();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let state_dir = dir.path().join("state");
@@ -237,9 +239,7 @@ fn a_snapshot_that_cannot_keep_its_limits_is_given_up_early() {
 
 #[test]
 fn a_slow_destination_slows_the_guest_down_instead_of_failing() {
-    if !is_root_or_skip("cgroups").unwrap() {
-        return;
-    }
+    let Some(_turn) = turn() else { return };
     let mut qemu = busy_guest();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let state_dir = dir.path().join("state");
@@ -260,6 +260,7 @@ fn a_slow_destination_slows_the_guest_down_instead_of_failing() {
 
 #[test]
 fn by_default_no_snapshot_of_a_busy_guest_is_given_up() {
+    let Some(_turn) = turn() else { return };
     let load = Load { ring_mib: 256, random: true, ..Load::default() };
     let mut qemu = boot(&Qemu::builder().memory_mib(512).vcpus(2).load(load));
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
