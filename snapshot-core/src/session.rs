@@ -506,8 +506,7 @@ impl Session<'_> {
             let consistent = Instant::now();
             self.copy(vmm, scope, engine)?;
             let saved = Instant::now();
-            // Once more: what was given back to the host while the last pages were saved.
-            vmm.check()?;
+            vmm.check_saved()?;
             let stored = self.drain(engine, threads)?;
             Ok::<_, Cause>((frozen, stored, Times { prepared, armed, consistent, saved }))
         })?;

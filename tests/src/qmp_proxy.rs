@@ -1,4 +1,4 @@
-//! Stands between livesnap and QEMU, and spoils what QEMU answers.
+//! Stands between livesnap and QEMU, and spoils what QEMU answers and reports.
 //!
 //! One thread for each direction; they end with the connection.
 
@@ -24,7 +24,7 @@ use tempfile::TempDir;
 use crate::livesnap;
 use crate::qemu::Qemu;
 
-/// What livesnap is to receive instead of QEMU's answer.
+/// What livesnap is to receive instead of QEMU's answer or event.
 #[derive(Debug)]
 pub enum Answer {
     /// These bytes.
@@ -46,7 +46,8 @@ pub struct QmpProxy {
 type Commands = Arc<Mutex<HashMap<String, String>>>;
 
 impl QmpProxy {
-    /// Offers the monitor of `qemu`. `spoil` turns the answer to a command into what livesnap receives.
+    /// Offers the monitor of `qemu`. `spoil` turns the answer to a command, or an event, each by its name, into what
+    /// livesnap receives.
     pub fn start(
         qemu: &Qemu,
         spoil: impl Fn(&str, Vec<u8>) -> Answer + Send + 'static,
@@ -143,7 +144,7 @@ fn note(line: &[u8], commands: &Commands) {
     }
 }
 
-/// Passes on greeting and events as they are, and what `spoil` makes of answers.
+/// Passes on the greeting as it is, and what `spoil` makes of the rest.
 fn pass_answers(
     qemu: &UnixStream,
     client: &UnixStream,
@@ -160,8 +161,8 @@ fn pass_answers(
         let command = message["id"]
             .as_str()
             .and_then(|id| commands.lock().unwrap_or_else(PoisonError::into_inner).remove(id));
-        let answer = match command {
-            Some(command) => spoil(&command, line),
+        let answer = match command.as_deref().or(message["event"].as_str()) {
+            Some(name) => spoil(name, line),
             None => Answer::Other(line),
         };
         match answer {

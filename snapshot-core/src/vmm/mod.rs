@@ -28,7 +28,7 @@ use crate::ram::RamLayout;
 /// userfaultfd × n, prepare_disks                            guest running
 /// prepare_pause                                             guest running, RAM protected
 /// pause, device_state, switch_disks, resume                 the pause
-/// check × n                                                 guest running, RAM being copied
+/// check × n, check_saved                                    guest running, RAM being copied
 /// finish(outcome)                                           always the last call
 /// ```
 pub trait Vmm: Send {
@@ -117,6 +117,15 @@ pub trait Vmm: Send {
     /// # Errors
     /// With what was seen.
     fn check(&mut self) -> Result<(), VmmError>;
+
+    /// Looks for the last time: all RAM is saved, and nothing that was given back to the host before may have been
+    /// missed. May ask what is too much for each [`check`](Vmm::check).
+    ///
+    /// # Errors
+    /// With what was seen.
+    fn check_saved(&mut self) -> Result<(), VmmError> {
+        self.check()
+    }
 
     /// The session is over: RAM is unprotected, the guest resumed. Undoes what was prepared but is not
     /// needed any more; after a failure also merges the overlays back.

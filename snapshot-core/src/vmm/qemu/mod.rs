@@ -174,11 +174,11 @@ pub enum QemuError {
     RamChanged,
     /// Something gave pages away.
     #[error(
-        "QEMU reported {event} while RAM was being saved, so pages may be lost: leave the balloon and memory devices alone during a snapshot"
+        "{what} while RAM was being saved, so pages may be lost: leave the balloon and memory devices alone during a snapshot"
     )]
     PagesDiscarded {
-        /// QMP event.
-        event: String,
+        /// What was seen.
+        what: String,
     },
 }
 
@@ -240,6 +240,8 @@ pub struct QemuVmm {
     mappings: Vec<RamMapping>,
     disks: Disks,
     state_slot: Option<Slot>,
+    /// What the balloon left the guest when RAM was protected, in bytes; none without a balloon.
+    ballooned_bytes: Option<u64>,
     pause: Option<Pause>,
 }
 
@@ -336,6 +338,7 @@ impl QemuVmm {
             mappings,
             disks,
             state_slot: None,
+            ballooned_bytes: None,
             pause: None,
         })
     }
@@ -403,6 +406,7 @@ impl QemuVmm {
             return Err(QemuError::RamChanged);
         }
         self.state_slot = Some(Slot::open(&mut self.qmp, limit)?);
+        self.ballooned_bytes = self.ask_balloon()?;
         // What `stop` need not flush any more does not count for the pause.
         self.disks.flush();
         Ok(())
@@ -511,8 +515,31 @@ impl QemuVmm {
             error => error.into(),
         })?;
         match events.into_iter().find(discards_pages) {
-            Some(event) => Err(QemuError::PagesDiscarded { event: event.name }),
+            Some(event) => {
+                Err(QemuError::PagesDiscarded { what: format!("QEMU reported {}", event.name) })
+            }
             None => Ok(()),
+        }
+    }
+
+    /// How much the balloon leaves the guest, in bytes.
+    fn ask_balloon(&mut self) -> Result<Option<u64>, QemuError> {
+        match self.execute("query-balloon", json!({})) {
+            Ok(balloon) => Ok(balloon["actual"].as_u64()),
+            // There is none.
+            Err(QemuError::Qmp(QmpError::Refused { .. })) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// QEMU tells of a balloon's changes once a second at most, so the last ones may not have been told.
+    fn look_at_balloon(&mut self) -> Result<(), QemuError> {
+        let Some(before) = self.ballooned_bytes else { return Ok(()) };
+        match self.ask_balloon()? {
+            Some(now) if now != before => Err(QemuError::PagesDiscarded {
+                what: format!("the balloon went from {before} to {now} bytes left to the guest"),
+            }),
+            _ => Ok(()),
         }
     }
 }
@@ -582,6 +609,11 @@ impl Vmm for QemuVmm {
     }
 
     fn check(&mut self) -> Result<(), VmmError> {
+        Ok(self.look()?)
+    }
+
+    fn check_saved(&mut self) -> Result<(), VmmError> {
+        self.look_at_balloon()?;
         Ok(self.look()?)
     }
 
