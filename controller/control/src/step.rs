@@ -43,8 +43,8 @@ pub const TICK_S: f64 = 0.05;
 const GLIDE_S: f64 = 0.2;
 /// What the sweep keeps in the buffer whatever the guest does, in bytes: 16 extents of 2 MiB.
 const SWEEP_BYTES: f64 = (32_u64 << 20) as f64;
-/// Share of the rest of the buffer that is planned with. Beyond it the engine captures less for a fault (`fault::Locality`), which
-/// slows writers down: that part is kept for what could not be foreseen.
+/// Share of the rest of the buffer that is planned with. Beyond it the engine captures less for a fault
+/// (`fault::Locality`), which slows writers down: that part is kept for what could not be foreseen.
 const USEFUL_RATIO: f64 = 0.3;
 /// Share of the buffer from which on the engine captures less for a fault, which holds writers up.
 const HELD_UP_RATIO: f64 = 0.65;
