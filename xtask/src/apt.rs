@@ -61,15 +61,24 @@ pub fn add_backports(codename: &str) -> Result<()> {
     if files.iter().any(|(name, text)| find_source(name, text, &suite).is_some()) {
         return Ok(());
     }
-    let source =
-        files.iter().find_map(|(name, text)| find_source(name, text, codename)).with_context(
-            || format!("no file below {SOURCES} is a source of {codename}: add {suite} by hand"),
-        )?;
+    let source = source_of(&files, codename)?;
     eprintln!("adding {suite} to apt in {BACKPORTS_FILE}, from {}", source.uris);
-    write_as_root(BACKPORTS_FILE, &backports_stanza(&source, &suite))
+    write_as_root(BACKPORTS_FILE, &stanza(&source, &suite))
 }
 
-fn backports_stanza(source: &Source, suite: &str) -> String {
+/// Where this machine gets the release `codename` from, as the text of a file of sources.
+pub fn sources_of(codename: &str) -> Result<String> {
+    let files = source_files(Path::new(SOURCES))?;
+    Ok(stanza(&source_of(&files, codename)?, codename))
+}
+
+fn source_of(files: &[(String, String)], codename: &str) -> Result<Source> {
+    files.iter().find_map(|(name, text)| find_source(name, text, codename)).with_context(|| {
+        format!("no file below {SOURCES} is a source of {codename}: add one by hand")
+    })
+}
+
+fn stanza(source: &Source, suite: &str) -> String {
     let mut stanza =
         format!("Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\n", source.uris);
     if let Some(key) = &source.signed_by {
@@ -199,7 +208,7 @@ Components: main
         assert_eq!(source.uris, "http://mirror.example/debian");
         assert_eq!(find_source("debian.sources", DEB822, "bookworm-backports"), None);
         assert_eq!(
-            backports_stanza(&source, "bookworm-backports"),
+            stanza(&source, "bookworm-backports"),
             "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm-backports\nComponents: main\n\
              Signed-By: /usr/share/keyrings/key.gpg\n"
         );

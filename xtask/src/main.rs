@@ -9,6 +9,7 @@ mod apt;
 mod bpf;
 mod check;
 mod kernel;
+mod package;
 mod setup;
 mod step;
 mod vmtest;
@@ -28,6 +29,8 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
   demo    snapshot a VM under load, restore it, and verify the copy; seconds
   test    setup, then everything that CI checks: format, lints, docs, build, tests (on other
           kernels too), licences
+  deb     the Debian package, in target/debian; --check installs it into a new root and
+          runs it there
   vmtest  the tests that depend on the kernel, in VMs with Linux 6.1 and 6.12;
           --kernel VERSION for one of them, NAME for some of the tests
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
@@ -54,6 +57,7 @@ fn main() -> Result<()> {
     match command.as_str() {
         "setup" => setup::run(),
         "test" => check::run_all(),
+        "deb" => package::build(&rest),
         "vmtest" => vmtest::run_on_kernels(&rest),
         "bench" if rest == ["--probes"] => bench_probes(),
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),

@@ -6,6 +6,7 @@ mod demo;
 mod doctor;
 mod guard;
 mod inspect;
+mod man_pages;
 mod plan;
 mod restore;
 mod snapshot;
@@ -50,6 +51,9 @@ pub enum Command {
     /// Run a program that ends with another livesnap process
     #[command(hide = true)]
     ChildOf(child_of::Args),
+    /// Write the manual
+    #[command(hide = true)]
+    ManPages(man_pages::Args),
     /// Play the guest for another livesnap process
     #[command(hide = true)]
     DemoGuest(demo::guest::Args),
@@ -70,6 +74,7 @@ impl Command {
             Self::Completions(args) => completions::run(&args),
             Self::Guard(args) => return Ok(guard::run(&args)),
             Self::ChildOf(args) => child_of::run(&args),
+            Self::ManPages(args) => man_pages::run(&args),
             Self::DemoGuest(args) => demo::guest::run(&args),
         };
         done.map(|()| ExitCode::SUCCESS)
