@@ -5,12 +5,14 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use livesnap_ebpf::disk::{DiskError, DiskProbe, DiskReading, Issuer, Operation};
+use livesnap_ebpf::disk::{DiskError, DiskProbe, DiskReading, Issuer, Operation, Tier};
 use livesnap_ebpf::{Disk, Histogram};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use snapshot_core::{Phase, Progress};
 
 use crate::output;
+use crate::probes::Durations;
 use crate::progress::nanos;
 
 /// The probe of the destination's disk.
@@ -30,6 +32,16 @@ pub struct Attached {
     reading: Option<Result<DiskReading, DiskError>>,
 }
 
+/// Writes so far, for programs that follow a snapshot.
+#[derive(Clone, Debug, Serialize)]
+pub struct Writes {
+    tier: Tier,
+    /// Requests that could not be counted.
+    lost: u64,
+    livesnap: Durations,
+    others: Durations,
+}
+
 impl SnapshotDisk {
     /// Attaches to the disks of the directory that `destination` is to be made in.
     pub fn attach(destination: &Path) -> Self {
@@ -47,6 +59,31 @@ impl SnapshotDisk {
         {
             attached.reading = Some(attached.probe.read());
         }
+    }
+
+    /// How long writes have taken so far; nothing where that is not measured.
+    pub fn writes(&self) -> Option<Writes> {
+        let Self::Attached(attached) = self else { return None };
+        let read_now;
+        let reading = match &attached.reading {
+            Some(reading) => reading,
+            None => {
+                read_now = attached.probe.read();
+                &read_now
+            }
+        };
+        let reading = reading.as_ref().ok()?;
+        let of = |issuer| {
+            let (_, writes) = sum(reading, issuer, |operation| operation == Operation::Write);
+            Durations::new(&writes)
+        };
+        let irregular = &reading.irregular;
+        Some(Writes {
+            tier: attached.probe.tier(),
+            lost: irregular.map_full + irregular.issue_without_completion,
+            livesnap: of(Issuer::Ours),
+            others: of(Issuer::Foreign),
+        })
     }
 
     /// For programs.

@@ -13,6 +13,8 @@ mod disk;
 mod docs;
 mod failure;
 mod forecast;
+mod json;
+mod lines;
 mod measures;
 mod output;
 mod probes;

@@ -11,8 +11,8 @@ use snapshot_core::vmm::Vmm as _;
 use snapshot_core::vmm::qemu::QemuVmm;
 use snapshot_core::{Phase, Progress};
 
-use crate::disk::SnapshotDisk;
-use crate::probes::{Choice, SnapshotProbes};
+use crate::disk::{SnapshotDisk, Writes};
+use crate::probes::{Choice, SnapshotProbes, StallsSoFar};
 use crate::progress::nanos;
 use crate::scheduling::{self, Account, Quotas, ThreadAccount, Threads};
 
@@ -70,6 +70,16 @@ impl Measures {
     /// The guest's stalls.
     pub const fn probes(&self) -> &SnapshotProbes {
         &self.probes
+    }
+
+    /// How long the guest's writes have been stalled so far.
+    pub fn stalls(&self) -> Option<StallsSoFar> {
+        self.probes.so_far()
+    }
+
+    /// How long writes to the destination's disk have taken so far.
+    pub fn disk_writes(&self) -> Option<Writes> {
+        self.disk.writes()
     }
 
     /// For programs: the stalls, the disk, the scheduler.

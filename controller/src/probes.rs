@@ -6,7 +6,10 @@ use std::fmt::Write as _;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use livesnap_control::Stall;
-use livesnap_ebpf::{Options, ProbeError, Probes, Range, Reading, Refusal, Tier};
+use livesnap_ebpf::{
+    Histogram, Options, ProbeError, Probes, Range, Reading, Refusal, Summary, Tier,
+};
+use serde::Serialize;
 use serde_json::{Value, json};
 use snapshot_core::vmm::Vmm;
 use snapshot_core::{Phase, Progress};
@@ -58,6 +61,34 @@ pub struct Attached {
     mark: Option<Result<(), ProbeError>>,
 }
 
+/// Durations so far, for programs that follow a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Durations {
+    #[serde(flatten)]
+    summary: Summary,
+    /// For each bucket that is not empty, in ascending order: its longest duration in nanoseconds, 2^64 - 1 for the last
+    /// one, and how many lie in it.
+    buckets: Vec<(u64, u64)>,
+}
+
+impl Durations {
+    /// Those of `histogram`.
+    pub fn new(histogram: &Histogram) -> Self {
+        let buckets = histogram.buckets().map(|((_, longest_ns), count)| (longest_ns, count));
+        Self { summary: histogram.summary(), buckets: buckets.collect() }
+    }
+}
+
+/// Stalls so far, for programs that follow a snapshot.
+#[derive(Clone, Debug, Serialize)]
+pub struct StallsSoFar {
+    tier: Tier,
+    /// Faults that could not be counted.
+    lost: u64,
+    #[serde(flatten)]
+    durations: Durations,
+}
+
 impl SnapshotProbes {
     /// Attaches to the process and the RAM of `vmm`.
     pub fn attach(choice: Choice, vmm: &mut dyn Vmm) -> Self {
@@ -103,6 +134,26 @@ impl SnapshotProbes {
             faults: histogram.count,
             over_limit: over.map(|(_, count)| count).sum(),
             lost_events: reading.stalls.lost.map_full,
+        })
+    }
+
+    /// Stalls since the consistency point so far; nothing before it, or where they are not measured.
+    pub fn so_far(&self) -> Option<StallsSoFar> {
+        let Self::Attached(attached) = self else { return None };
+        attached.mark.as_ref().filter(|mark| mark.is_ok())?;
+        let read_now;
+        let reading = match &attached.reading {
+            Some(reading) => reading,
+            None => {
+                read_now = attached.probes.read();
+                &read_now
+            }
+        };
+        let stalls = &reading.as_ref().ok()?.stalls;
+        Some(StallsSoFar {
+            tier: attached.probes.tier(),
+            lost: stalls.lost.map_full,
+            durations: Durations::new(&stalls.after()),
         })
     }
 

@@ -60,7 +60,7 @@ impl Bar {
             progress.faults,
             self.faults.at(now, progress.faults),
             output::bytes(self.first_touch_bytes.at(now, touched)),
-            nanos(progress.service.p99_ns),
+            nanos(progress.service.summary.p99_ns),
         ));
     }
 

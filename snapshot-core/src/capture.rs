@@ -283,7 +283,7 @@ impl Engine {
             buffer_waits: load(&counters.buffer_waits),
             faults: load(&counters.faults),
             first_touches: counters.first_touches.get(),
-            service: counters.service.summary(),
+            service: counters.service.distribution(),
             ..Progress::default()
         }
     }

@@ -38,6 +38,17 @@ pub struct Summary {
     pub max_ns: u64,
 }
 
+/// The same, with all that is known of how they are distributed: for those who add up several histograms.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Distribution {
+    /// In numbers.
+    #[serde(flatten)]
+    pub summary: Summary,
+    /// For each bucket that is not empty, in ascending order: its longest duration in nanoseconds, and how many lie in
+    /// it.
+    pub buckets: Vec<(u64, u64)>,
+}
+
 impl Default for Histogram {
     fn default() -> Self {
         Self {
@@ -62,9 +73,24 @@ impl Histogram {
     /// Count, sum, percentiles (each the upper edge of its bucket, at most the longest) and maximum.
     #[must_use]
     pub fn summary(&self) -> Summary {
+        self.summary_of(&self.counts())
+    }
+
+    /// The same with its buckets, which add up to the count.
+    #[must_use]
+    pub fn distribution(&self) -> Distribution {
+        let counts = self.counts();
+        let filled = counts.iter().enumerate().filter(|(_, count)| **count > 0);
+        let buckets = filled.map(|(bucket, count)| (upper_edge_ns(bucket), *count)).collect();
+        Distribution { summary: self.summary_of(&counts), buckets }
+    }
+
+    fn counts(&self) -> Vec<u64> {
+        self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect()
+    }
+
+    fn summary_of(&self, counts: &[u64]) -> Summary {
         let max_ns = self.max_ns.load(Ordering::Relaxed);
-        let counts: Vec<u64> =
-            self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
         let total: u64 = counts.iter().sum();
         let quantile = |per_cent: u64| {
             let rank = (total * per_cent).div_ceil(100).max(1);
@@ -132,5 +158,16 @@ mod tests {
         assert!((50_000..56_300).contains(&summary.p50_ns), "{summary:?}");
         assert!((99_000..=100_000).contains(&summary.p99_ns), "{summary:?}");
         assert_eq!(Histogram::default().summary(), Summary::default());
+
+        let distribution = histogram.distribution();
+        assert_eq!(distribution.summary, summary);
+        assert_eq!(distribution.buckets.iter().map(|(_, count)| count).sum::<u64>(), 100);
+        assert!(distribution.buckets.is_sorted(), "{distribution:?}");
+        // All that lie below an edge are counted up to it.
+        let up_to = |edge_ns| {
+            let buckets = distribution.buckets.iter().filter(|(upper, _)| *upper < edge_ns);
+            buckets.map(|(_, count)| count).sum::<u64>()
+        };
+        assert_eq!((up_to(16_384), up_to(65_536)), (16, 65));
     }
 }

@@ -64,7 +64,8 @@ mod writer;
 
 pub use capture::CaptureError;
 pub use first_touch::FirstTouch;
-pub use histogram::Summary;
+pub use histogram::{Distribution, Summary};
+pub use pace::BandwidthLimit;
 pub use protection::RegisterError;
 pub use reason::Reason;
 pub use report::{Captured, Downtime, Phase, Progress, Report};

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::first_touch::FirstTouch;
-use crate::histogram::Summary;
+use crate::histogram::{Distribution, Summary};
 use crate::session::nanos;
 
 /// Where a session is.
@@ -89,7 +89,7 @@ pub struct Progress {
     /// The threads that had them.
     pub first_touches: Vec<FirstTouch>,
     /// Time that the handler took for them.
-    pub service: Summary,
+    pub service: Distribution,
     /// Time since the session began, in nanoseconds.
     pub elapsed_ns: u64,
 }

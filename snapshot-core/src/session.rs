@@ -13,7 +13,6 @@
 //! looks like a snapshot. [`snapshot`] runs on the caller's thread; its own threads end before it returns.
 
 use std::io;
-use std::num::NonZeroU64;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -31,7 +30,7 @@ use crate::capture::{CaptureError, Engine, Mode};
 use crate::footprint::{NoSpace, lacks_space, size_max_bytes};
 use crate::image::{FilePlan, ImageError, SnapshotFacts, Staging};
 use crate::mappings::{MappingError, MappingKind, RamMapping};
-use crate::pace::Pace;
+use crate::pace::{BandwidthLimit, Pace};
 use crate::pagemap::Pagemap;
 use crate::protection::{ProtectedRam, RegisterError};
 use crate::ram::RamLayout;
@@ -61,7 +60,7 @@ pub struct Options {
     pub buffer_limit: BufferLimit,
     /// Most bytes to write a second; nothing means as fast as the disk takes them. What the guest touches has to be
     /// written too: below the rate at which it does, the buffer fills, and then the guest's writes wait.
-    pub max_bandwidth: Option<NonZeroU64>,
+    pub max_bandwidth: BandwidthLimit,
     /// Userfaultfd contexts, each with a fault thread; nothing means one for every four virtual CPUs.
     pub contexts: Option<usize>,
     /// Longest pause; beyond it the guest is resumed and the session fails.
@@ -86,7 +85,7 @@ impl Default for Options {
         Self {
             buffer_bytes: 256 << 20,
             buffer_limit: BufferLimit::default(),
-            max_bandwidth: None,
+            max_bandwidth: BandwidthLimit::default(),
             contexts: None,
             pause_limit: Duration::from_secs(2),
             #[cfg(feature = "controls")]
@@ -496,7 +495,7 @@ impl Session<'_> {
             .map_err(|error| system("make an eventfd")(error.into()))?;
         let storage_name = storage.name();
         let (frozen, stored, times) = std::thread::scope(|scope| {
-            let pace = self.options.max_bandwidth.map(|limit| Pace::new(limit, Instant::now()));
+            let pace = Pace::new(self.options.max_bandwidth.clone(), Instant::now());
             let write = || writer::run(engine, &mut *storage, plan, pace);
             let threads = Threads::start(scope, engine, &stop, write)?;
             let prepared = Instant::now();

@@ -35,12 +35,7 @@ pub struct Stored {
 ///
 /// # Errors
 /// None itself: a failure ends the engine, and the result is then not complete.
-pub fn run(
-    engine: &Engine,
-    storage: &mut dyn Storage,
-    plan: &FilePlan,
-    pace: Option<Pace>,
-) -> Stored {
+pub fn run(engine: &Engine, storage: &mut dyn Storage, plan: &FilePlan, pace: Pace) -> Stored {
     let _report = PanicReport { engine, thread: "writer" };
     priority::lower();
     let slots = as_index(engine.ram.layout.page_slots());
@@ -70,7 +65,7 @@ struct Writer<'a> {
     engine: &'a Engine,
     storage: &'a mut dyn Storage,
     plan: &'a FilePlan,
-    pace: Option<Pace>,
+    pace: Pace,
     stored: Stored,
     /// Extents with writes that are not complete, by token.
     in_flight: HashMap<u64, InFlight>,
@@ -86,7 +81,7 @@ impl Writer<'_> {
                 return Ok(());
             }
             let may_wait = self.in_flight.is_empty();
-            let rest = self.pace.as_ref().map_or(Duration::ZERO, |pace| pace.wait(Instant::now()));
+            let rest = self.pace.wait(Instant::now());
             if !rest.is_zero() {
                 if may_wait {
                     std::thread::sleep(rest.min(REST_MAX));
@@ -150,9 +145,7 @@ impl Writer<'_> {
             return Ok(());
         }
         counters.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if let Some(pace) = &mut self.pace {
-            pace.add(bytes, Instant::now());
-        }
+        self.pace.add(bytes, Instant::now());
         self.in_flight.insert(token, InFlight { extent, writes, bytes });
         for (range, offset) in ranges {
             while self.storage.in_flight() >= DEPTH as usize {

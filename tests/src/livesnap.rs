@@ -1,9 +1,9 @@
 //! Runs the product as a user does: the `livesnap` binary.
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -84,9 +84,18 @@ pub struct Ended {
 
 impl Running {
     /// Starts `command` with a log of its phases.
-    pub fn start(mut command: Command) -> Result<Self> {
+    pub fn start(command: Command) -> Result<Self> {
+        Self::start_with(command, Stdio::null())
+    }
+
+    /// The same, with an input that [`tell`](Self::tell) writes to.
+    pub fn start_listening(command: Command) -> Result<Self> {
+        Self::start_with(command, Stdio::piped())
+    }
+
+    fn start_with(mut command: Command, stdin: Stdio) -> Result<Self> {
         command.env("RUST_LOG", "snapshot_core=debug").env("NO_COLOR", "1");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot run livesnap")?;
         let stderr = child.stderr.take().context("livesnap has no stderr")?;
         let (sender, lines) = channel();
@@ -99,6 +108,17 @@ impl Running {
             }
         });
         Ok(Self { child, lines, log: String::new() })
+    }
+
+    /// Gives it a line on standard input.
+    pub fn tell(&mut self, line: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("livesnap has no input")?;
+        writeln!(stdin, "{line}").context("livesnap does not take its input")
+    }
+
+    /// What it prints from now on, to be read while it runs.
+    pub fn take_stdout(&mut self) -> Result<ChildStdout> {
+        self.child.stdout.take().context("livesnap's output was taken before")
     }
 
     /// Waits until the session enters `phase`, such as "copying".

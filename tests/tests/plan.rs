@@ -128,6 +128,10 @@ fn a_guest_that_is_too_fast_for_the_disk_is_refused_unless_forced() {
     let ended = run(snapshot(&[abort]));
     let words = ["--deadline", "10.0 s", "nothing was begun", "--force"];
     ended.expect_failure(4, "deadline", &words).unwrap();
+    let told = ended.told().unwrap();
+    assert_eq!(told["forecast"]["verdict"], "infeasible", "{told:#}");
+    assert!(number(&told, "/forecast/time_s") > 10.0, "{told:#}");
+    assert_eq!((&told["control"], &told["probes"]), (&Value::Null, &Value::Null), "{told:#}");
     assert!(!ended.log.contains("phase="), "a session was begun:\n{}", ended.log);
 
     for begins in [&[abort, "--force"][..], &["--on-infeasible=wait"]] {

@@ -19,6 +19,9 @@ pub struct Head {
 /// Each further line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tick<'a> {
+    /// Limits that came into force with it, if the operator changed them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Policy>,
     /// Length of the tick in seconds.
     pub dt_s: f64,
     /// What was seen; nothing if it was lost.

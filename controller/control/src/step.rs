@@ -219,6 +219,22 @@ impl Controller {
         &self.shares
     }
 
+    /// From now on other limits; what has been learnt of guest and disk stays.
+    ///
+    /// # Errors
+    /// When the policy makes no sense; the one in force then stays in force.
+    pub fn set_policy(&mut self, policy: Policy) -> Result<(), PolicyError> {
+        policy.check()?;
+        self.policy = policy;
+        Ok(())
+    }
+
+    /// What is known of guest and disk; nothing as long as too little has been seen.
+    #[must_use]
+    pub fn fit(&self) -> Option<Fit> {
+        self.model.is_fitted().then(|| self.model.expected())
+    }
+
     /// One tick of `dt_s` seconds. `vcpu_touched_bytes` counts first touches by each virtual CPU; empty if that is
     /// not known. It never panics, whatever it is given.
     pub fn step(

@@ -1,6 +1,6 @@
 //! `livesnap snapshot`: take a snapshot of a running QEMU.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -14,8 +14,9 @@ use snapshot_core::{Cancel, Options, Reason, Report, snapshot};
 use super::guard;
 use super::target::TargetArgs;
 use crate::actuator;
-use crate::control_loop::{ControlLoop, PolicyArgs};
+use crate::control_loop::{ControlLoop, LiveLimits, PolicyArgs};
 use crate::forecast::{self, Effort, Forecast};
+use crate::lines::{Event, Follower, Lines, limits};
 use crate::measures::Measures;
 use crate::probes::Choice;
 use crate::{Failure, output, progress};
@@ -27,6 +28,7 @@ Examples:
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --no-disks
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --max-bandwidth 200MiB
   livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --min-cpu 50% --deadline 5m
+  livesnap snapshot --qmp /run/vm1/qmp.sock --out /backup/vm1 --json-lines | jq --unbuffered -c '[.event, .phase]'
 
 The guest pauses for some milliseconds and runs on while its memory is saved. Each writable disk goes on in a
 new overlay (IMAGE.livesnap-*.qcow2); the image below it is the disk of the snapshot and must not be written to.
@@ -60,6 +62,13 @@ pub struct Args {
     /// Report as JSON on standard output
     #[arg(long)]
     json: bool,
+    /// For programs that follow a snapshot: progress on standard output, one JSON object a line, as it comes, and at last what
+    /// --json tells; docs/following.md explains them
+    #[arg(long, conflicts_with = "json")]
+    json_lines: bool,
+    /// Take changes of limits from standard input, one JSON object a line
+    #[arg(long, requires = "json_lines", hide = true)]
+    policy_updates: bool,
     #[command(flatten)]
     policy: PolicyArgs,
 }
@@ -71,119 +80,26 @@ pub fn run(args: Args) -> Result<(), Failure> {
     for leftover in actuator::repair(&state_dir) {
         output::error(actuator::in_words(&leftover));
     }
-    let qemu = QemuOptions {
-        overlay_dir: args.overlay_dir.clone(),
-        pause_limit: args.pause_limit,
-        guard_command: guard::command(&state_dir),
-        ..args.target.qemu_options()
-    };
     let options = Options {
         buffer_bytes: args.target.buffer_bytes(),
-        max_bandwidth: args.policy.limits.max_bandwidth,
+        max_bandwidth: args.policy.limits.max_bandwidth.into(),
         pause_limit: args.pause_limit,
         ..Options::default()
     };
-    let outcome = QemuVmm::attach(qemu)
-        .map_err(|error| Failure::refused(error.reason(), error))
-        .and_then(|mut vmm| {
-            let forecast = refuse_infeasible(&args, &mut vmm, options.buffer_bytes, &cancel)?;
-            let measures = Measures::attach(args.probes, &mut vmm, &args.target.out);
-            let (bytes, limit) = (options.buffer_bytes, &options.buffer_limit);
-            let control = ControlLoop::new(&args.policy, bytes, &mut vmm, limit, &cancel)?;
-            Ok((vmm, forecast, measures, control))
-        })
-        .map(|(mut vmm, forecast, mut measures, mut control)| {
-            let taken =
-                take(&mut vmm, &args.target.out, &options, &cancel, &mut measures, &mut control);
-            Attempt { taken, forecast, measures, control }
-        });
-    tell(&args.target.out, outcome, args.json)
-}
-
-/// A snapshot that was tried, and what was seen and done meanwhile.
-struct Attempt {
-    taken: Result<Report, Failure>,
-    /// Nothing where nothing could come of it, or it could not be made.
-    forecast: Option<Forecast>,
-    measures: Measures,
-    control: ControlLoop,
-}
-
-/// Forecasts the snapshot where that can change anything, and refuses it if the limits certainly cannot be kept.
-///
-/// # Errors
-/// If so, or if it was cancelled. What hinders only the forecast is no error: a snapshot that cannot be taken either
-/// says so itself.
-fn refuse_infeasible(
-    args: &Args,
-    vmm: &mut QemuVmm,
-    buffer_bytes: u64,
-    cancel: &Cancel,
-) -> Result<Option<Forecast>, Failure> {
-    let Some(policy) = args.policy.to_forecast(buffer_bytes) else { return Ok(None) };
-    let effort = Effort::BRIEF.at_most(args.policy.limits.max_bandwidth);
-    let made = forecast::footprint(vmm).and_then(|memory| {
-        if forecast::is_trivial(&memory, &policy) {
-            return Ok(None);
-        }
-        forecast::forecast(vmm, memory, &args.target.out, policy, &effort, cancel).map(Some)
-    });
-    match made {
-        Ok(forecast) => {
-            let hint = "; nothing was begun, and --force begins all the same";
-            let infeasible = forecast.as_ref().and_then(|forecast| forecast.infeasible(hint));
-            infeasible.map_or(Ok(forecast), Err)
-        }
-        Err(failure) if failure.reason == Reason::Cancelled => Err(failure),
-        Err(failure) => {
-            tracing::info!(%failure, "there is no forecast");
-            Ok(None)
-        }
+    let rule = args.policy.rule(options.buffer_bytes);
+    let live = LiveLimits::new(rule, options.max_bandwidth.clone());
+    let lines = follow_by_lines(&args, &live)?;
+    let mut attempt = Attempt::new(lines.clone());
+    let taken = attempt.make(&args, &options, &live, &cancel);
+    let value = || attempt.json(&args.target.out, &taken);
+    if let Some(lines) = &lines {
+        lines.end(value(), &cancel);
+    } else if args.json {
+        output::json(&value())?;
     }
-}
-
-/// Takes a snapshot with a progress bar, measures, and keeps the limits.
-pub fn take(
-    vmm: &mut dyn Vmm,
-    out: &std::path::Path,
-    options: &Options,
-    cancel: &Cancel,
-    measures: &mut Measures,
-    control: &mut ControlLoop,
-) -> Result<Report, Failure> {
-    let mut bar = progress::Bar::new();
-    let mut observe = |progress: &_| {
-        measures.observe(progress);
-        control.observe(progress, measures.probes());
-        bar.show(progress, &control.in_brief());
-    };
-    let taken = snapshot(vmm, out, options, cancel, &mut observe);
-    bar.end();
-    taken.map_err(Failure::from)
-}
-
-/// Reports the outcome for people or programs.
-fn tell(
-    out: &std::path::Path,
-    outcome: Result<Attempt, Failure>,
-    as_json: bool,
-) -> Result<(), Failure> {
-    if as_json {
-        output::json(&match &outcome {
-            Ok(attempt) => attempt.json(out),
-            Err(failure) => failure.json(),
-        })?;
-    }
-    let Attempt { taken, measures, control, .. } = outcome?;
     let report = taken?;
-    if !as_json {
-        let mut rows = measures.rows();
-        rows.extend(control.row());
-        output::line(format_args!("snapshot in {}", out.display()))?;
-        output::line(progress::summary(&report, &rows))?;
-        if let Some(text) = reminder(&report.overlays) {
-            output::line(text)?;
-        }
+    if !args.json && lines.is_none() {
+        attempt.tell(&args.target.out, &report)?;
     }
     for warning in &report.warnings {
         output::error(format_args!("warning: {warning}"));
@@ -191,10 +107,133 @@ fn tell(
     Ok(())
 }
 
+/// The lines for a program that follows the snapshot, if there is one.
+fn follow_by_lines(args: &Args, live: &LiveLimits) -> Result<Option<Lines>, Failure> {
+    if !args.json_lines {
+        return Ok(None);
+    }
+    let lines = Lines::to_stdout().and_then(|lines| {
+        if args.policy_updates {
+            limits::follow_stdin(live.clone(), lines.clone())?;
+        }
+        Ok(lines)
+    });
+    let failed = |error| Failure::new(Reason::Internal, format!("cannot make a thread: {error}"));
+    lines.map(Some).map_err(failed)
+}
+
+/// A snapshot that is tried, and what is seen and done meanwhile.
+pub struct Attempt {
+    lines: Option<Lines>,
+    /// Nothing where nothing could come of it, or it could not be made.
+    forecast: Option<Forecast>,
+    measures: Measures,
+    control: ControlLoop,
+}
+
 impl Attempt {
+    /// With nothing seen or done yet.
+    pub const fn new(lines: Option<Lines>) -> Self {
+        Self { lines, forecast: None, measures: Measures::none(), control: ControlLoop::Off }
+    }
+
+    /// Attaches, forecasts, and takes the snapshot.
+    fn make(
+        &mut self,
+        args: &Args,
+        options: &Options,
+        live: &LiveLimits,
+        cancel: &Cancel,
+    ) -> Result<Report, Failure> {
+        let qemu = QemuOptions {
+            overlay_dir: args.overlay_dir.clone(),
+            pause_limit: args.pause_limit,
+            guard_command: guard::command(&args.policy.state.directory()),
+            ..args.target.qemu_options()
+        };
+        let mut vmm =
+            QemuVmm::attach(qemu).map_err(|error| Failure::refused(error.reason(), error))?;
+        self.refuse_infeasible(args, &mut vmm, options.buffer_bytes, cancel)?;
+        self.measures = Measures::attach(args.probes, &mut vmm, &args.target.out);
+        let limit = &options.buffer_limit;
+        self.control = ControlLoop::new(&args.policy, live, &mut vmm, limit, cancel)?;
+        self.take(&mut vmm, &args.target.out, options, cancel)
+    }
+
+    /// Forecasts the snapshot where that can change anything, and refuses it if the limits certainly cannot be kept.
+    ///
+    /// # Errors
+    /// If so, or if it was cancelled. What hinders only the forecast is no error: a snapshot that cannot be taken either
+    /// says so itself.
+    fn refuse_infeasible(
+        &mut self,
+        args: &Args,
+        vmm: &mut QemuVmm,
+        buffer_bytes: u64,
+        cancel: &Cancel,
+    ) -> Result<(), Failure> {
+        let Some(policy) = args.policy.to_forecast(buffer_bytes) else { return Ok(()) };
+        let effort = Effort::BRIEF.at_most(args.policy.limits.max_bandwidth);
+        let made = forecast::footprint(vmm).and_then(|memory| {
+            if forecast::is_trivial(&memory, &policy) {
+                return Ok(None);
+            }
+            forecast::forecast(vmm, memory, &args.target.out, policy, &effort, cancel).map(Some)
+        });
+        match made {
+            Ok(forecast) => {
+                self.forecast = forecast;
+                let Some(forecast) = &self.forecast else { return Ok(()) };
+                if let Some(lines) = &self.lines {
+                    lines.post(Event::Forecast(forecast.json()));
+                }
+                let hint = "; nothing was begun, and --force begins all the same";
+                forecast.infeasible(hint).map_or(Ok(()), Err)
+            }
+            Err(failure) if failure.reason == Reason::Cancelled => Err(failure),
+            Err(failure) => {
+                tracing::info!(%failure, "there is no forecast");
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes a snapshot with a progress bar or lines, measures, and keeps the limits.
+    pub fn take(
+        &mut self,
+        vmm: &mut dyn Vmm,
+        out: &Path,
+        options: &Options,
+        cancel: &Cancel,
+    ) -> Result<Report, Failure> {
+        let Self { measures, control, lines, .. } = self;
+        let mut bar = progress::Bar::new();
+        let mut follower = lines.clone().map(Follower::new);
+        let mut observe = |progress: &_| {
+            measures.observe(progress);
+            control.observe(progress, measures.probes());
+            bar.show(progress, &control.in_brief());
+            if let Some(follower) = &mut follower {
+                follower.observe(progress, measures, control);
+            }
+        };
+        let taken = snapshot(vmm, out, options, cancel, &mut observe);
+        bar.end();
+        taken.map_err(Failure::from)
+    }
+
+    /// For people.
+    fn tell(&self, out: &Path, report: &Report) -> Result<(), Failure> {
+        let mut rows = self.measures.rows();
+        rows.extend(self.control.row());
+        output::line(format_args!("snapshot in {}", out.display()))?;
+        output::line(progress::summary(report, &rows))?;
+        reminder(&report.overlays).map_or(Ok(()), output::line)
+    }
+
     /// For programs.
-    fn json(&self, out: &std::path::Path) -> Value {
-        let mut value = match &self.taken {
+    fn json(&self, out: &Path, taken: &Result<Report, Failure>) -> Value {
+        let mut value = match taken {
             Ok(report) => json!({"outcome": "completed", "directory": out, "report": report}),
             Err(failure) => failure.json(),
         };

@@ -67,6 +67,12 @@ impl Account {
         }
     }
 
+    /// Whether the buffer's bound is another one than at first.
+    pub fn has_moved_buffer(&self) -> bool {
+        let [first, last] = [self.buffer_limits.first(), self.buffer_limits.last()];
+        first.map(|limit| limit.limit_bytes) != last.map(|limit| limit.limit_bytes)
+    }
+
     /// For people.
     pub fn in_words(&self) -> String {
         let mut text = if self.throttled_ns == 0 {

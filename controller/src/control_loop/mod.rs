@@ -13,8 +13,10 @@
 //! all memory is saved, whatever comes then.
 
 mod account;
+mod live;
 mod policy;
 mod record;
+mod state;
 
 use std::time::{Duration, Instant};
 
@@ -29,12 +31,15 @@ use snapshot_core::{Abort, BufferLimit, Cancel, Phase, Progress, Reason};
 use crate::Failure;
 use crate::actuator::Throttle;
 use crate::probes::SnapshotProbes;
-use crate::units::{as_nanos, percent, whole};
+use crate::units::{as_nanos, number, percent, whole};
 
 pub use account::reason;
 use account::{Account, abort_in_words};
+pub use live::{Change, Limits, LiveLimits};
 pub use policy::{LimitArgs, PolicyArgs, Rule, StateArgs};
 use record::Recorder;
+pub use state::State;
+use state::{Action, Decisions, Outlook};
 
 /// Progress that comes sooner than this after the last decision brings nothing new.
 const TICK_MIN: Duration = Duration::from_millis(25);
@@ -50,6 +55,7 @@ pub enum ControlLoop {
 /// A loop that acts.
 pub struct Acting {
     law: Law,
+    limits: LiveLimits,
     /// Nothing if the guest's CPU time cannot be touched; the account says why.
     throttle: Option<Throttle>,
     /// Their ids, by which first touches are told.
@@ -65,6 +71,8 @@ pub struct Acting {
     last: Option<Last>,
     is_over: bool,
     account: Account,
+    outlook: Option<Outlook>,
+    decisions: Decisions,
 }
 
 /// Who decides.
@@ -80,19 +88,19 @@ struct Last {
 }
 
 impl ControlLoop {
-    /// A loop for `vmm` by the rule in `args`, which moves `buffer_limit` and ends the session by `cancel`.
+    /// A loop for `vmm` by `limits`, also when they change, which moves `buffer_limit` and ends the session by `cancel`.
     ///
     /// # Errors
     /// If the limits make no sense, or the record cannot be written. That the guest's CPU time cannot be touched is no
     /// error but part of the account.
     pub fn new(
         args: &PolicyArgs,
-        buffer_bytes: u64,
+        limits: &LiveLimits,
         vmm: &mut QemuVmm,
         buffer_limit: &BufferLimit,
         cancel: &Cancel,
     ) -> Result<Self, Failure> {
-        let rule = args.rule(buffer_bytes);
+        let rule = limits.rule();
         if rule == Rule::None {
             return Ok(Self::Off);
         }
@@ -126,6 +134,7 @@ impl ControlLoop {
         };
         Ok(Self::On(Box::new(Acting {
             law,
+            limits: limits.clone(),
             throttle,
             vcpu_ids: threads.iter().map(|thread| thread.as_raw_pid().unsigned_abs()).collect(),
             touched_bytes: vec![0; threads.len()],
@@ -137,6 +146,8 @@ impl ControlLoop {
             last: None,
             is_over: false,
             account,
+            outlook: None,
+            decisions: Decisions::default(),
         })))
     }
 
@@ -163,6 +174,14 @@ impl ControlLoop {
         match self {
             Self::Off => Value::Null,
             Self::On(acting) => json!(acting.account),
+        }
+    }
+
+    /// What is in force now, for those who follow the snapshot.
+    pub fn state(&self) -> Option<State> {
+        match self {
+            Self::Off => None,
+            Self::On(acting) => Some(acting.state()),
         }
     }
 
@@ -193,6 +212,11 @@ impl Acting {
                 self.last.get_or_insert(Last { at: now, stall: None });
             }
             Law::Adaptive { controller, policy } => {
+                let changed = self
+                    .limits
+                    .take_changed()
+                    .filter(|limits| controller.set_policy(*limits).is_ok());
+                *policy = changed.unwrap_or(*policy);
                 let total = probes.stalls_over(policy.fault_stall_max_ns);
                 let before = self.last.as_ref().and_then(|last| last.stall);
                 let sample = Sample {
@@ -206,7 +230,10 @@ impl Acting {
                     buffer_limit_bytes: progress.buffer_limit_bytes,
                     // What writes lose that wait for room is in no account of the kernel's: the core estimates it.
                     cpu_ratio: (!is_full(progress)).then_some(cpu_ratio),
-                    stall: total.map(|total| since(total, before.unwrap_or_default())),
+                    // How many were over another limit before does not matter any more.
+                    stall: total
+                        .filter(|_| changed.is_none())
+                        .map(|total| since(total, before.unwrap_or_default())),
                     host: host(),
                 };
                 let dt_s = if elapsed.is_zero() {
@@ -226,18 +253,28 @@ impl Acting {
                     let vcpu_touched_bytes = touched_bytes.as_slice().into();
                     let shares = self.shares.as_slice().into();
                     let sample = Some(sample);
-                    recorder.tick(&Tick { dt_s, sample, vcpu_touched_bytes, command, shares });
+                    let policy = changed;
+                    recorder.tick(&Tick {
+                        policy,
+                        dt_s,
+                        sample,
+                        vcpu_touched_bytes,
+                        command,
+                        shares,
+                    });
                 }
                 let least = policy.min_cpu_ratio;
                 self.last.get_or_insert(Last { at: now, stall: None }).stall = total;
+                self.outlook = controller.fit().map(|fit| Outlook::new(&command.forecast, &fit));
                 self.follow(&command, least);
             }
         }
         if let Some(last) = &mut self.last {
             last.at = now;
         }
-        self.account.decisions += 1;
         self.throttle();
+        self.account.decisions += 1;
+        self.decisions.note(self.action());
     }
 
     /// Buffer and abort, as commanded.
@@ -259,6 +296,35 @@ impl Acting {
         if let Err(error) = throttle.set(&self.shares) {
             self.account.problem = Some(error.to_string());
             self.throttle = None;
+        }
+    }
+
+    /// The strongest means in force.
+    fn action(&self) -> Action {
+        if self.account.abort.is_some() {
+            Action::Abort
+        } else if self.throttle.is_some() && self.shares.iter().any(|&share| share < 1.0) {
+            Action::Throttle
+        } else if self.account.has_moved_buffer() {
+            Action::Buffer
+        } else {
+            Action::None
+        }
+    }
+
+    fn state(&self) -> State {
+        let is_throttled = self.throttle.is_some();
+        let least = self.shares.iter().copied().fold(1.0, f64::min);
+        State {
+            cpu_ratio_min: if is_throttled { least } else { 1.0 },
+            cpu_ratio_mean: self.cpu_ratio(),
+            policy: matches!(self.law, Law::Adaptive { .. }).then(|| self.limits.in_force()),
+            action: self.action(),
+            forecast: self.outlook,
+            throttled_seconds: number(self.account.throttled_ns) / 1e9,
+            withheld_seconds: number(self.account.withheld_ns) / 1e9,
+            decisions: self.decisions,
+            problem: self.account.problem.clone(),
         }
     }
 

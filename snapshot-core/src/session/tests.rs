@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::fs;
+use std::num::NonZeroU64;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -257,7 +258,7 @@ fn limited(
     observe: &mut dyn FnMut(&Progress),
 ) -> Result<Report, SessionError> {
     let guest = Sparse(TestMemory::map(Kind::Anonymous, 4096).unwrap());
-    let max_bandwidth = NonZeroU64::new(bytes_per_s);
+    let max_bandwidth = NonZeroU64::new(bytes_per_s).into();
     let options = Options { max_bandwidth, pause_limit: DEADLINE, ..Options::default() };
     let dir = tempfile::tempdir().unwrap();
     snapshot(&mut GuestVmm(guest), dir.path(), &options, cancel, observe)

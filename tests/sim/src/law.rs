@@ -149,6 +149,7 @@ impl Law for Controlled {
         let command: Command = self.controller.step(sample.as_ref(), &vcpus, TICK_S);
         if let Some(record) = &mut self.record {
             record.push(Tick {
+                policy: None,
                 dt_s: TICK_S,
                 sample,
                 vcpu_touched_bytes: vcpus.into(),

@@ -34,6 +34,9 @@ pub fn replay(from: impl BufRead) -> Result<usize> {
     for (line, number) in lines.zip(2..) {
         let recorded: Tick<'_> = serde_json::from_str(&line?)
             .with_context(|| format!("line {number} of the record is no tick"))?;
+        if let Some(policy) = recorded.policy {
+            controller.set_policy(policy)?;
+        }
         let sample = recorded.sample.as_ref();
         let command = controller.step(sample, &recorded.vcpu_touched_bytes, recorded.dt_s);
         ensure!(

@@ -316,3 +316,21 @@ fn nothing_that_it_is_given_makes_it_panic_or_leave_its_limits() {
         assert!(controller.vcpu_shares().iter().all(|share| (0.3..=1.0).contains(share)));
     }
 }
+
+#[test]
+fn limits_that_change_count_from_then_on() {
+    let mut plant = Plant::new(policy(), 1e8, 2e8);
+    for _ in 0..40 {
+        assert_eq!(plant.tick().abort, None);
+    }
+    let fit = plant.controller.fit().unwrap();
+    assert!((fit.drain_rate - 2e8).abs() < 2e7, "{fit:?}");
+    let absurd = Policy { min_cpu_ratio: 0.0, ..policy() };
+    assert_eq!(plant.controller.set_policy(absurd), Err(PolicyError::MinCpu { ratio: 0.0 }));
+    assert_eq!(plant.tick().abort, None);
+    // All of it takes minutes.
+    let late = Policy { deadline_ns: Some(10_000_000_000), ..policy() };
+    plant.controller.set_policy(late).unwrap();
+    let abort = (0..20).find_map(|_| plant.tick().abort).unwrap();
+    assert_eq!(abort.reason, AbortReason::Deadline);
+}

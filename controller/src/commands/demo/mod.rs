@@ -25,10 +25,8 @@ use snapshot_core::{Cancel, Options, Reason, Report};
 
 use self::guest::Request;
 use self::vmm::{GuestError, GuestProcess};
-use super::snapshot::{cancel_on_signal, take};
+use super::snapshot::{Attempt, cancel_on_signal};
 use super::target::default_buffer_bytes;
-use crate::control_loop::ControlLoop;
-use crate::measures::Measures;
 use crate::{Failure, output, progress};
 
 /// One for each virtual CPU of a small guest.
@@ -148,8 +146,7 @@ fn take_snapshot(
     cancel: &Cancel,
 ) -> Result<(Report, u64), Failure> {
     let options = Options { buffer_bytes: default_buffer_bytes(), ..Options::default() };
-    let (mut measures, mut control) = (Measures::none(), ControlLoop::Off);
-    let report = take(guest, &scratch.snapshot(), &options, cancel, &mut measures, &mut control)?;
+    let report = Attempt::new(None).take(guest, &scratch.snapshot(), &options, cancel)?;
     let now = guest.ask(Request::Look)?;
     let written = now.iter().zip(guest.counters_at_pause()).map(|(now, then)| now - then).sum();
     Ok((report, written))
