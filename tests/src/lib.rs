@@ -8,6 +8,7 @@
 //! mount       file systems to fill and to break
 //! mapped_ram  reads a snapshot's RAM file
 //! check       judges whether RAM and disk are of one instant
+//! browser     a headless Chromium, for what people see
 //! cpu_time    what quotas withhold from threads
 //! slow_disk   a destination as slow as is wanted
 //! restored    a VM that the product has brought back
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod browser;
 pub mod check;
 pub mod console;
 pub mod cpio;

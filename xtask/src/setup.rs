@@ -27,7 +27,7 @@ struct Need {
     from_backports: bool,
 }
 
-const NEEDS: [Need; 6] = [
+const NEEDS: [Need; 7] = [
     Need {
         package: "libclang-dev",
         reason: "the userfaultfd bindings are generated from the kernel's headers",
@@ -56,6 +56,12 @@ const NEEDS: [Need; 6] = [
         package: "fio",
         reason: "tests hold what the disk probe sees against what fio says it did",
         is_met: || runs("fio"),
+        from_backports: false,
+    },
+    Need {
+        package: "chromium-headless-shell",
+        reason: "tests open the daemon's page in it",
+        is_met: || runs("chromium-headless-shell"),
         from_backports: false,
     },
     Need {
