@@ -1,28 +1,19 @@
 //! Debian's cloud kernels, unpacked below `target` and never installed: for the test VMs.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-
 use anyhow::{Context, Result, ensure};
 
-use crate::apt;
-use crate::step::{output, program, run};
+use crate::step::{output, program};
+use crate::{apt, unpack};
 
 /// Debian's smallest kernel with all that a VM needs; the package only depends on the newest version.
 const PACKAGE: &str = "linux-image-cloud-amd64";
-
-/// Whether a kernel is unpacked in `directory`.
-pub fn is_unpacked(directory: &str) -> bool {
-    // It is put there complete or not at all.
-    Path::new(directory).exists()
-}
 
 /// Unpacks the release's own kernel into `directory`.
 pub fn unpack_default(directory: &str) -> Result<()> {
     if !apt::is_known(PACKAGE) {
         apt::update()?;
     }
-    unpack(&newest(PACKAGE)?, directory)
+    unpack::into(&[&newest(PACKAGE)?], directory)
 }
 
 /// Unpacks the newest kernel of a version such as "6.12" into `directory`. The release has its own, and some a later one
@@ -35,35 +26,7 @@ pub fn unpack_version(version: &str, directory: &str) -> Result<()> {
         is_of_version(&package, version),
         "apt knows no cloud kernel {version}, only {package}"
     );
-    unpack(&package, directory)
-}
-
-/// Downloads a package and unpacks it.
-fn unpack(package: &str, directory: &str) -> Result<()> {
-    eprintln!("unpacking {package} into {directory}");
-    let partial = PathBuf::from(format!("{directory}.partial"));
-    if partial.exists() {
-        fs::remove_dir_all(&partial)
-            .with_context(|| format!("cannot remove {}", partial.display()))?;
-    }
-    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
-    // As root, apt would try to download as its own user, who may not write here, and warn.
-    let mut download =
-        program("apt-get", ["download", "--quiet", "--option=APT::Sandbox::User=root", package]);
-    download.current_dir(&partial);
-    run("download the kernel", download)?;
-    let archive = fs::read_dir(&partial)
-        .with_context(|| format!("cannot list {}", partial.display()))?
-        .find_map(|entry| {
-            Some(entry.ok()?.path()).filter(|path| path.extension().is_some_and(|end| end == "deb"))
-        })
-        .with_context(|| format!("apt-get download left no package of {package}"))?;
-    let mut unpack = program("dpkg-deb", ["--extract"]);
-    unpack.arg(&archive).arg(&partial);
-    run("unpack the kernel", unpack)?;
-    fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))?;
-    // Complete or not there at all: what a killed run left is no kernel.
-    fs::rename(&partial, directory).with_context(|| format!("cannot rename to {directory}"))
+    unpack::into(&[&package], directory)
 }
 
 /// The package that a meta-package depends on.

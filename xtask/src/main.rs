@@ -12,6 +12,7 @@ mod kernel;
 mod package;
 mod setup;
 mod step;
+mod unpack;
 mod vmtest;
 
 use std::env;
@@ -39,9 +40,10 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
           --control: what the controller makes of slow destinations
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   sim     judge the control core on simulated guests and disks; --seeds N, --seed K
+  dashboards  write dashboards/ and docs/runbooks from the crate livesnap-dashboards
   help    this text
 
-Every command but sim and help begins with setup, which does nothing on a machine that has all.
+Every command but sim, dashboards and help begins with setup, which does nothing on a machine that has all.
 ARGUMENTS of demo, bench and soak are passed on; `cargo xtask demo --help` lists them.
 Tests that need root are skipped, with a word, unless REQUIRE_PRIVILEGED=1 (CI=true sets it).
 ";
@@ -62,6 +64,7 @@ fn main() -> Result<()> {
         "bench" if rest == ["--probes"] => bench_probes(),
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
         "sim" => simulate(&rest),
+        "dashboards" => step::run("dashboards", cargo(["run", "--package", "livesnap-dashboards"])),
         "help" | "--help" | "-h" => {
             eprint!("{HELP}");
             Ok(())

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use crate::step::{cargo, output, program, run as run_step};
-use crate::{apt, bpf, kernel};
+use crate::{apt, bpf, kernel, unpack};
 
 /// The first QEMU that reads mapped-ram files.
 const QEMU_MAJOR_MIN: u32 = 9;
@@ -17,6 +17,11 @@ const QEMU_MAJOR_MIN: u32 = 9;
 const KERNEL_GOOD: (u32, u32) = (6, 4);
 /// Where the guest's kernel is unpacked; the tests look for it there.
 const KERNEL_DIRECTORY: &str = "target/livesnap-guest/kernel";
+
+/// Prometheus and Alertmanager with their tools, and where they are unpacked; the tests look for them there. Installed,
+/// they would be started as services.
+const MONITORING: [&str; 2] = ["prometheus", "prometheus-alertmanager"];
+const MONITORING_DIRECTORY: &str = "target/livesnap-monitoring";
 
 /// Something that a Debian package brings.
 struct Need {
@@ -75,7 +80,7 @@ const NEEDS: [Need; 7] = [
 /// Installs what is missing, and says what makes this machine unfit.
 pub fn run() -> Result<()> {
     let missing: Vec<&Need> = NEEDS.iter().filter(|need| !(need.is_met)()).collect();
-    let has_kernel = kernel::is_unpacked(KERNEL_DIRECTORY);
+    let has_kernel = unpack::is_unpacked(KERNEL_DIRECTORY);
     for need in &missing {
         eprintln!("will install {}: {}", need.package, need.reason);
     }
@@ -84,9 +89,19 @@ pub fn run() -> Result<()> {
             "will unpack Debian's cloud kernel into {KERNEL_DIRECTORY}, for the test VMs; it is not installed"
         );
     }
+    let has_monitoring = unpack::is_unpacked(MONITORING_DIRECTORY);
+    if !has_monitoring {
+        eprintln!(
+            "will unpack {} into {MONITORING_DIRECTORY}, for the tests of alerts and dashboards; they are not installed",
+            MONITORING.join(" and ")
+        );
+    }
     install(&missing)?;
     if !has_kernel {
         kernel::unpack_default(KERNEL_DIRECTORY)?;
+    }
+    if !has_monitoring {
+        unpack::into(&MONITORING, MONITORING_DIRECTORY)?;
     }
     bpf::install()?;
     for problem in unfit() {

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::step::{cargo, run};
-use crate::{kernel, setup};
+use crate::{kernel, setup, unpack};
 
 /// The oldest that snapshots work on, and the newest that Debian 12 has.
 const KERNELS: [&str; 2] = ["6.1", "6.12"];
@@ -19,7 +19,7 @@ pub fn run_on_kernels(arguments: &[String]) -> Result<()> {
     let (kernels, rest) = split(arguments)?;
     for version in &kernels {
         let directory = format!("{DIRECTORY}/{version}");
-        if !kernel::is_unpacked(&directory) {
+        if !unpack::is_unpacked(&directory) {
             kernel::unpack_version(version, &directory)?;
         }
     }

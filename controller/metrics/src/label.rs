@@ -6,7 +6,7 @@ use crate::{Label, Values};
 
 /// The virtual machine.
 pub const VM: Label =
-    Label { name: "vm", values: Values::Bounded("the virtual machines of the configuration") };
+    Label { name: "vm", values: Values::Bounded("the virtual machines that the daemon knows") };
 
 /// How a snapshot ended.
 pub const OUTCOME: Label = Label { name: "outcome", values: Values::Closed(&OUTCOMES) };
