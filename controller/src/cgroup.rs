@@ -8,17 +8,12 @@
 //! withheld      throttled_time in cpu.stat, nanoseconds    throttled_usec in cpu.stat, microseconds
 //! ```
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use procfs::process::{MountInfo, Process};
 use serde::{Deserialize, Serialize};
-
-/// How often a lock is asked for, and how long between: whoever holds one makes or removes some groups.
-const LOCK_TRIES: u32 = 500;
-const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Which of the kernel's two interfaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -281,27 +276,6 @@ impl Group {
     /// Lets groups below it have quotas of their own, or no longer.
     pub fn lend_cpu(&self, lends: bool) -> Result<(), CgroupError> {
         self.write("cgroup.subtree_control", if lends { "+cpu" } else { "-cpu" })
-    }
-
-    /// Keeps other livesnaps from [`lend_cpu`](Self::lend_cpu) until it is dropped, or this process ends: a lock on the
-    /// group's directory. On v1, where there is nothing to lend, it does no harm.
-    ///
-    /// # Errors
-    /// If another one holds it and does not let go.
-    pub fn lock(&self) -> Result<File, CgroupError> {
-        let directory =
-            File::open(&self.directory).map_err(|source| self.failed("open", "", source))?;
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match directory.try_lock() {
-                Ok(()) => return Ok(directory),
-                Err(TryLockError::WouldBlock) if tries < LOCK_TRIES => {
-                    std::thread::sleep(LOCK_INTERVAL);
-                }
-                Err(error) => return Err(self.failed("lock", "", error.into())),
-            }
-        }
     }
 
     /// Whether there are groups below it.

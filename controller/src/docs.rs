@@ -12,6 +12,7 @@ use clap::CommandFactory as _;
 use snapshot_core::Reason;
 
 use crate::Cli;
+use crate::daemon::problem::Word;
 use crate::failure::{CANCELLED, FAILED, GIVEN_UP, REFUSED};
 
 /// Compares `text` with the file `name`, or writes it there.
@@ -66,6 +67,16 @@ fn every_reason_is_documented() {
     );
     for reason in Reason::ALL {
         writeln!(text, "| `{reason}` | {} |", reason.meaning()).unwrap();
+    }
+    text.push_str(
+        "\n## Of the daemon's API\n\n\
+         A call that fails says why in problem details (RFC 9457). An operation that fails is no failed call: its `error` has \
+         one of the reasons above.\n\n\
+         | status | reason | meaning |\n| --- | --- | --- |\n",
+    );
+    for word in Word::ALL {
+        let (status, word, meaning) = (word.status().as_u16(), word.as_str(), word.meaning());
+        writeln!(text, "| {status} | `{word}` | {meaning} |").unwrap();
     }
     check("reasons.md", &text);
 }

@@ -8,6 +8,7 @@ mod actuator;
 mod cgroup;
 mod commands;
 mod control_loop;
+mod daemon;
 mod disk;
 #[cfg(test)]
 mod docs;
@@ -25,7 +26,10 @@ mod units;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tracing_subscriber::EnvFilter;
 
+use commands::Command;
+use commands::serve::LogFormat;
 pub use failure::Failure;
 
 /// Live point-in-time snapshots of running virtual machines.
@@ -33,20 +37,33 @@ pub use failure::Failure;
 #[command(version)]
 struct Cli {
     #[command(subcommand)]
-    command: commands::Command,
+    command: Command,
 }
 
 fn main() -> ExitCode {
-    // Diagnosis, off unless asked for: RUST_LOG=snapshot_core=debug.
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
-    match Cli::parse().command.run() {
+    let command = Cli::parse().command;
+    log(&command);
+    match command.run() {
         Ok(code) => code,
         Err(failure) => {
             output::error(&failure);
             ExitCode::from(failure.exit_code)
         }
+    }
+}
+
+/// Diagnosis on standard error: of the daemon what it does, of other commands only what is asked for by
+/// `RUST_LOG=snapshot_core=debug`.
+fn log(command: &Command) {
+    let format = match command {
+        Command::Serve(args) => Some(args.log()),
+        _ => None,
+    };
+    let default = if format.is_some() { "livesnap=info" } else { "" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        Some(LogFormat::Json) => log.json().init(),
+        Some(LogFormat::Text) | None => log.init(),
     }
 }

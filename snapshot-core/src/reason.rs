@@ -90,6 +90,8 @@ reasons! {
     Io = "io",
     /// The operator cancelled it.
     Cancelled = "cancelled",
+    /// The daemon that had it taken ended.
+    DaemonRestart = "daemon_restart",
     // Given up by the controller, because the policy's limits could not be kept.
     /// The copy buffer was forecast to overflow even with the least CPU time that the guest must be left.
     BufferForecast = "buffer_forecast",

@@ -9,6 +9,7 @@
 //! mapped_ram  reads a snapshot's RAM file
 //! check       judges whether RAM and disk are of one instant
 //! browser     a headless Chromium, for what people see
+//! daemon      the product as a service, and a client of it
 //! cpu_time    what quotas withhold from threads
 //! slow_disk   a destination as slow as is wanted
 //! restored    a VM that the product has brought back
@@ -25,6 +26,7 @@ pub mod check;
 pub mod console;
 pub mod cpio;
 pub mod cpu_time;
+pub mod daemon;
 mod disk;
 mod huge_pages;
 pub mod initramfs;

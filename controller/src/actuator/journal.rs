@@ -59,8 +59,7 @@ pub enum Change {
         /// Its quota before.
         found: Quota,
     },
-    /// Groups below this one got quotas of their own. So it stands in the journals of all livesnaps that need it at the
-    /// same time: the last one takes it back.
+    /// Groups below this one got quotas of their own.
     LentCpu {
         /// That group.
         group: Group,
@@ -200,12 +199,8 @@ impl Journal {
             Change::Quota { group, found } if group.exists() && self.record.vmm.runs() => {
                 group.set_quota(*found)?;
             }
-            Change::LentCpu { group } if group.exists() => {
-                // Another livesnap may be about to make groups there.
-                let _lock = group.lock()?;
-                if !group.has_children()? {
-                    group.lend_cpu(false)?;
-                }
+            Change::LentCpu { group } if group.exists() && !group.has_children()? => {
+                group.lend_cpu(false)?;
             }
             // Who is in it was put there by us, or is a child of who was.
             Change::Moved { from, to } if to.exists() => move_back(from, to)?,
@@ -247,12 +242,6 @@ pub fn leftovers(directory: &Path) -> Vec<Result<Journal, JournalError>> {
         found.as_ref().map_or(true, |journal| !journal.record.owner.runs())
     };
     journals(directory).filter(is_left).collect()
-}
-
-/// Whether a livesnap, living or not, has lent the CPU time of `group` to groups below it.
-pub fn is_lent(directory: &Path, group: &Group) -> bool {
-    let lent = Change::LentCpu { group: group.clone() };
-    journals(directory).flatten().any(|journal| journal.record.changes.contains(&lent))
 }
 
 /// Undoes what livesnaps that have ended left behind; for each of them, whether it worked.

@@ -5,7 +5,6 @@
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -260,67 +259,6 @@ fn a_group_of_its_own_keeps_its_thread_and_gets_its_quota_back() {
         if !lent {
             home.lend_cpu(false).unwrap();
         }
-    });
-}
-
-/// Another process with one thread, which waits for a line that never comes. Ends with its owner.
-struct Sleeper(Child);
-
-impl Sleeper {
-    fn new() -> Self {
-        let mut sleeper = Command::new("/bin/sh");
-        Self(sleeper.args(["-c", "read line"]).stdin(Stdio::piped()).spawn().unwrap())
-    }
-
-    fn pid(&self) -> Pid {
-        Pid::from_child(&self.0)
-    }
-}
-
-impl Drop for Sleeper {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
-}
-
-#[test]
-fn two_livesnaps_in_one_group_leave_it_as_it_was() {
-    beside_spinners(|threads, state_dir| {
-        let home = group_of(gettid());
-        let is_lent = home.lends_cpu().unwrap();
-        let other = Sleeper::new();
-        let mut first = Throttle::find(state_dir, getpid(), threads).unwrap();
-        first.set(&[0.5; SPINNERS]).unwrap();
-        let mut second = Throttle::find(state_dir, other.pid(), &[other.pid()]).unwrap();
-        second.set(&[0.5]).unwrap();
-        drop(first);
-        assert!(group_of(other.pid()).quota().unwrap().quota_us.is_some());
-        second.set(&[0.2]).unwrap();
-        drop(second);
-        assert_eq!(home.lends_cpu().unwrap(), is_lent);
-        assert_put_back(threads, &home, state_dir);
-    });
-}
-
-#[test]
-fn two_livesnaps_that_come_and_go_in_one_group_do_not_disturb_each_other() {
-    const TIMES: u32 = 200;
-    beside_spinners(|threads, state_dir| {
-        let home = group_of(gettid());
-        let other = Sleeper::new();
-        let come_and_go = |pid: Pid, threads: &[Pid]| {
-            for _ in 0..TIMES {
-                let mut throttle = Throttle::find(state_dir, pid, threads).unwrap();
-                throttle.set(&[0.5]).unwrap();
-                throttle.restore().unwrap();
-            }
-        };
-        std::thread::scope(|scope| {
-            scope.spawn(|| come_and_go(other.pid(), &[other.pid()]));
-            come_and_go(getpid(), &threads[..1]);
-        });
-        assert_put_back(threads, &home, state_dir);
     });
 }
 

@@ -7,15 +7,13 @@
 //!
 //! Nothing is changed before the first share below 1.
 
-use std::collections::BTreeSet;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 
 use super::demand::Demand;
-use super::journal::{self, Change, Journal, JournalError};
+use super::journal::{Change, Journal, JournalError};
 use crate::cgroup::{CgroupError, Group, Quota};
 use crate::scheduling::{Account, Threads};
 use crate::units::{as_nanos, number};
@@ -147,26 +145,13 @@ impl Throttle {
 
     /// Journals, makes groups, moves threads.
     fn prepare(&mut self) -> Result<(), ThrottleError> {
-        let locks = self.lock()?;
         let changes = self.changes()?;
         self.journal = Some(Journal::write(&self.state_dir, self.pid, changes.clone())?);
-        let made = self.make(&changes);
-        // Putting it back locks them as well.
-        drop(locks);
-        if let Err(error) = made {
+        if let Err(error) = self.make(&changes) {
             self.restore()?;
             return Err(error.into());
         }
         Ok(())
-    }
-
-    /// Locks the groups that virtual CPUs are moved from: else another livesnap that ends in the same group could take
-    /// back what it lends between our look at it and the groups that we make.
-    fn lock(&self) -> Result<Vec<File>, CgroupError> {
-        // Always in the same order, or two livesnaps could wait for each other.
-        let homes: BTreeSet<_> =
-            self.vcpus.iter().filter_map(|vcpu| vcpu.moved_from.as_ref()).collect();
-        homes.into_iter().map(Group::lock).collect()
     }
 
     fn changes(&self) -> Result<Vec<Change>, CgroupError> {
@@ -177,8 +162,7 @@ impl Throttle {
                 continue;
             };
             let lent = Change::LentCpu { group: from.clone() };
-            let is_for_us = !from.lends_cpu()? || journal::is_lent(&self.state_dir, &from);
-            if is_for_us && !changes.contains(&lent) {
+            if !from.lends_cpu()? && !changes.contains(&lent) {
                 changes.push(lent);
             }
             changes.push(Change::Moved { from, to: vcpu.group.clone() });

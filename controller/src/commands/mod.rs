@@ -1,6 +1,6 @@
 //! The commands, one module each.
 
-mod child_of;
+pub mod child_of;
 mod completions;
 mod demo;
 mod doctor;
@@ -9,6 +9,7 @@ mod inspect;
 mod man_pages;
 mod plan;
 mod restore;
+pub mod serve;
 mod snapshot;
 mod target;
 mod verify;
@@ -44,6 +45,7 @@ pub enum Command {
     /// Show what is in a snapshot; with --json the whole manifest
     #[command(after_help = inspect::EXAMPLES)]
     Inspect(ReadArgs),
+    Serve(serve::Args),
     Completions(completions::Args),
     /// Watch over another livesnap process, and finish what it leaves half done
     #[command(hide = true)]
@@ -71,6 +73,7 @@ impl Command {
             Self::Restore(args) => restore::run(args),
             Self::Verify(args) => verify::run(&args),
             Self::Inspect(args) => inspect::run(&args),
+            Self::Serve(args) => serve::run(&args),
             Self::Completions(args) => completions::run(&args),
             Self::Guard(args) => return Ok(guard::run(&args)),
             Self::ChildOf(args) => child_of::run(&args),

@@ -9,29 +9,48 @@ use std::sync::{Arc, Mutex, PoisonError};
 use livesnap_control::{OnInfeasible, Policy, PolicyError};
 use serde::{Deserialize, Deserializer, Serialize};
 use snapshot_core::BandwidthLimit;
+use utoipa::ToSchema;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 
 use super::Rule;
 use crate::actuator::SHARE_MIN;
 use crate::units::{number, whole};
 
-/// Limits to be changed; what is not named stays as it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+/// Limits to be changed while a snapshot runs; what is not named stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
+#[schema(as = PolicyChange)]
 pub struct Change {
-    #[serde(deserialize_with = "named")]
-    buffer_bytes: Option<u64>,
-    #[serde(deserialize_with = "named")]
-    stall_limit_seconds: Option<f64>,
-    #[serde(deserialize_with = "named")]
-    min_cpu_ratio: Option<f64>,
-    /// Null takes it away.
-    #[serde(deserialize_with = "named")]
-    deadline_seconds: Option<Option<f64>>,
-    /// Null takes it away.
-    #[serde(deserialize_with = "named")]
-    max_bandwidth_bytes_per_second: Option<Option<NonZeroU64>>,
-    #[serde(deserialize_with = "named")]
-    on_infeasible: Option<OnInfeasible>,
+    /// Bound of the copy buffer in bytes.
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64)]
+    pub buffer_bytes: Option<u64>,
+    /// Longest wait of 99 in 100 of the guest's writes, in seconds.
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = f64)]
+    pub stall_limit_seconds: Option<f64>,
+    /// Least share of its CPU time that the guest keeps, up to 1.
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = f64)]
+    pub min_cpu_ratio: Option<f64>,
+    /// Longest time until all memory is saved, in seconds; null takes the limit away.
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<f64>)]
+    pub deadline_seconds: Option<Option<f64>>,
+    /// Most bytes to write a second; null takes the limit away.
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    pub max_bandwidth_bytes_per_second: Option<Option<NonZeroU64>>,
+    /// What to do if the limits cannot be kept.
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(schema_with = on_infeasible_schema)]
+    pub on_infeasible: Option<OnInfeasible>,
+}
+
+/// What the API may be told to do if limits cannot be kept: the control core's words.
+pub fn on_infeasible_schema() -> Schema {
+    let words = [OnInfeasible::Abort, OnInfeasible::Wait].map(|word| serde_json::json!(word));
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(words)).into()
 }
 
 /// Limits in force, by the same names.

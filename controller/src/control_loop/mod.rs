@@ -35,7 +35,7 @@ use crate::units::{as_nanos, number, percent, whole};
 
 pub use account::reason;
 use account::{Account, abort_in_words};
-pub use live::{Change, Limits, LiveLimits};
+pub use live::{Change, Limits, LiveLimits, on_infeasible_schema};
 pub use policy::{LimitArgs, PolicyArgs, Rule, StateArgs};
 use record::Recorder;
 pub use state::State;

@@ -1,0 +1,423 @@
+//! The book of all operations: who is busy with what, whose turn it is, what is remembered. Pure: time and names come
+//! from outside, and nothing is started or written here.
+//!
+//! Commands and news change it by its methods; [`Book::select`] tells what is to be done next, and each [`Action`] has a
+//! method that notes it as done. Every change of an operation is in [`Book::take_changes`].
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use snapshot_core::Reason;
+
+use super::operation::{Ended, Operation, OperationError, Progress, Request, State};
+use crate::control_loop::Change;
+
+/// Added to the version of what a restart changes. Not every version is kept on disk, and none may come twice.
+const RESTART_LEAP: u64 = 1 << 32;
+
+/// How much is allowed at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Operations that run.
+    pub running_max: usize,
+    /// Operations that wait.
+    pub queued_max: usize,
+    /// Ended operations that are remembered; the oldest are forgotten.
+    pub remembered_max: usize,
+}
+
+/// An operation with what it was asked by, as it is kept over a restart.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What everybody may see.
+    pub operation: Operation,
+    /// What was asked for.
+    pub request: Request,
+    /// Stands for the request if it comes again.
+    pub idempotency_key: Option<String>,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Its turn has come: [`Book::start`], then start its process.
+    Start(String),
+    /// Its process is to end: [`Book::told`], then tell it so.
+    Terminate(String),
+    /// It is beyond what is remembered: [`Book::forget`].
+    Forget(String),
+}
+
+/// What becomes of operations that run when the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shutdown {
+    /// They are aborted.
+    Abort,
+    /// The daemon waits for their end.
+    Drain,
+}
+
+/// Why a request is not taken up.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Rejected {
+    /// One at a time.
+    #[error(
+        "virtual machine {vm} is being snapshotted by operation {id}: wait for its end or abort it"
+    )]
+    Busy {
+        /// The machine.
+        vm: String,
+        /// What it is busy with.
+        id: String,
+    },
+    /// Two snapshots cannot become the same directory.
+    #[error("{destination} is the destination of operation {id}: choose another")]
+    DestinationTaken {
+        /// The directory.
+        destination: String,
+        /// Whose it is.
+        id: String,
+    },
+    /// A key stands for one request.
+    #[error("the idempotency key was used for another request, operation {id}: use a new key")]
+    KeyReused {
+        /// What it was used for.
+        id: String,
+    },
+    /// The queue has a limit.
+    #[error("{max} operations wait for their turn, which is the limit: ask again later")]
+    QueueFull {
+        /// The limit.
+        max: usize,
+    },
+    /// The daemon ends.
+    #[error("the daemon is ending and takes up nothing new: ask again when it is back")]
+    Closing,
+}
+
+/// Why an operation cannot be forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unforgettable {
+    /// There is no such operation.
+    Unknown,
+    /// It has not ended.
+    NotEnded,
+}
+
+/// An operation, and what only the book knows of it.
+#[derive(Debug)]
+struct Entry {
+    record: Record,
+    /// Whether somebody asked for its abort.
+    is_unwanted: bool,
+    /// Whether its process was told to end.
+    is_told: bool,
+}
+
+impl Entry {
+    const fn new(record: Record) -> Self {
+        Self { record, is_unwanted: false, is_told: false }
+    }
+}
+
+/// All operations that are known.
+#[derive(Debug)]
+pub struct Book {
+    bounds: Bounds,
+    entries: BTreeMap<String, Entry>,
+    closing: Option<Shutdown>,
+    changes: Vec<String>,
+}
+
+impl Book {
+    /// With the operations of an earlier daemon. Those that ran were ended by its end; those that waited still do.
+    pub fn new(bounds: Bounds, earlier: Vec<Record>, now: &str) -> Self {
+        let mut book =
+            Self { bounds, entries: BTreeMap::new(), closing: None, changes: Vec::new() };
+        for mut record in earlier {
+            let operation = &mut record.operation;
+            let id = operation.id.clone();
+            if operation.state.is_running() {
+                operation.version += RESTART_LEAP;
+                close(operation, State::Aborted, now);
+                operation.error = Some(OperationError {
+                    reason: Reason::DaemonRestart,
+                    detail: "the daemon ended before the snapshot was complete: take it again"
+                        .into(),
+                });
+                book.changes.push(id.clone());
+            }
+            book.entries.insert(id, Entry::new(record));
+        }
+        book
+    }
+
+    /// All, oldest first.
+    pub fn operations(&self) -> impl Iterator<Item = &Operation> {
+        self.entries.values().map(|entry| &entry.record.operation)
+    }
+
+    /// One of them, as it is to be kept.
+    pub fn get(&self, id: &str) -> Option<&Record> {
+        self.entries.get(id).map(|entry| &entry.record)
+    }
+
+    /// Whether the daemon ends, and nothing runs any more.
+    pub fn is_closed(&self) -> bool {
+        self.closing.is_some() && self.count(State::is_running) == 0
+    }
+
+    /// The operations that were changed since [`Book::take_changes`].
+    pub fn changes(&self) -> &[String] {
+        &self.changes
+    }
+
+    /// The operations that were changed, taken up or forgotten since this was last asked, in that order.
+    pub fn take_changes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Takes a request up as operation `id`, or finds the one that it was taken up as before.
+    ///
+    /// # Errors
+    /// If it cannot be taken up.
+    pub fn submit(
+        &mut self,
+        id: &str,
+        request: &Request,
+        destination: &str,
+        key: Option<&str>,
+        now: &str,
+    ) -> Result<&Operation, Rejected> {
+        let id = match self.find_by_key(key, request)? {
+            Some(known) => known,
+            None => {
+                self.may_submit(&request.vm, destination)?;
+                let record = Record {
+                    operation: Operation {
+                        id: id.into(),
+                        vm: request.vm.clone(),
+                        destination: destination.into(),
+                        policy: request.policy.clone(),
+                        state: State::Queued,
+                        version: 1,
+                        created_at: now.into(),
+                        started_at: None,
+                        ended_at: None,
+                        progress: None,
+                        forecast: None,
+                        error: None,
+                        result: None,
+                    },
+                    request: request.clone(),
+                    idempotency_key: key.map(Into::into),
+                };
+                self.changes.push(id.into());
+                self.entries.insert(id.into(), Entry::new(record));
+                id.to_owned()
+            }
+        };
+        Ok(&self.entries[&id].record.operation)
+    }
+
+    /// The operation that this key stands for.
+    fn find_by_key(
+        &self,
+        key: Option<&str>,
+        request: &Request,
+    ) -> Result<Option<String>, Rejected> {
+        let Some(key) = key else { return Ok(None) };
+        let mut records = self.entries.values().map(|entry| &entry.record);
+        match records.find(|record| record.idempotency_key.as_deref() == Some(key)) {
+            Some(known) if known.request == *request => Ok(Some(known.operation.id.clone())),
+            Some(known) => Err(Rejected::KeyReused { id: known.operation.id.clone() }),
+            None => Ok(None),
+        }
+    }
+
+    fn may_submit(&self, vm: &str, destination: &str) -> Result<(), Rejected> {
+        let unfinished = || self.operations().filter(|known| !known.state.is_final());
+        if self.closing.is_some() {
+            return Err(Rejected::Closing);
+        }
+        if let Some(busy) = unfinished().find(|known| known.vm == vm) {
+            return Err(Rejected::Busy { vm: vm.into(), id: busy.id.clone() });
+        }
+        if let Some(taken) = unfinished().find(|known| known.destination == destination) {
+            let (destination, id) = (destination.into(), taken.id.clone());
+            return Err(Rejected::DestinationTaken { destination, id });
+        }
+        if self.count(|state| state == State::Queued) >= self.bounds.queued_max {
+            return Err(Rejected::QueueFull { max: self.bounds.queued_max });
+        }
+        Ok(())
+    }
+
+    /// What is to be done next, until nothing is.
+    pub fn select(&self) -> Option<Action> {
+        let of = |is_meant: &dyn Fn(&Entry) -> bool| {
+            let mut entries = self.entries.iter();
+            entries.find(|(_, entry)| is_meant(entry)).map(|(id, _)| id.clone())
+        };
+        let state = |entry: &Entry| entry.record.operation.state;
+        if let Some(id) = of(&|entry| state(entry) == State::Aborting && !entry.is_told) {
+            return Some(Action::Terminate(id));
+        }
+        if self.count(State::is_final) > self.bounds.remembered_max {
+            return of(&|entry| state(entry).is_final()).map(Action::Forget);
+        }
+        if self.closing.is_none() && self.count(State::is_running) < self.bounds.running_max {
+            return of(&|entry| state(entry) == State::Queued).map(Action::Start);
+        }
+        None
+    }
+
+    /// Its process is being started.
+    pub fn start(&mut self, id: &str, now: &str) {
+        self.change(id, |entry| {
+            entry.record.operation.state = State::Preparing;
+            entry.record.operation.started_at = Some(now.into());
+        });
+    }
+
+    /// Its process was told to end.
+    pub fn told(&mut self, id: &str) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.is_told = true;
+        }
+    }
+
+    /// Notes what was forecast.
+    pub fn note_forecast(&mut self, id: &str, forecast: Value) {
+        self.change(id, |entry| entry.record.operation.forecast = Some(forecast));
+    }
+
+    /// Notes how far an operation is.
+    pub fn note_progress(&mut self, id: &str, state: State, progress: Progress) {
+        self.change(id, |entry| {
+            let operation = &mut entry.record.operation;
+            // Whoever asked for the abort shall not see it go on. What its process gives up by itself need not be told to end.
+            if operation.state != State::Aborting {
+                operation.state = state;
+                entry.is_told |= state == State::Aborting;
+            }
+            operation.progress = Some(progress);
+        });
+    }
+
+    /// Notes that limits are others.
+    pub fn note_policy(&mut self, id: &str, change: &Change) {
+        self.change(id, |entry| {
+            let operation = &mut entry.record.operation;
+            operation.policy = operation.policy.changed(change);
+        });
+    }
+
+    /// Notes how an operation ended.
+    pub fn end(&mut self, id: &str, ended: Ended, now: &str) {
+        let is_closing = self.closing.is_some();
+        self.change(id, |entry| {
+            let operation = &mut entry.record.operation;
+            match ended {
+                Ended::Completed(result) => {
+                    close(operation, State::Completed, now);
+                    operation.result = Some(result);
+                }
+                Ended::Without { is_given_up, mut error, result } => {
+                    let is_cancelled = error.reason == Reason::Cancelled;
+                    if is_cancelled && is_closing && !entry.is_unwanted {
+                        error.reason = Reason::DaemonRestart;
+                        error.detail =
+                            "the daemon was told to end, and aborted the snapshot: take it again"
+                                .into();
+                    }
+                    let is_aborted = is_cancelled || is_given_up;
+                    close(operation, if is_aborted { State::Aborted } else { State::Failed }, now);
+                    operation.error = Some(error);
+                    operation.result = result;
+                }
+            }
+        });
+    }
+
+    /// Gives an operation up; one that has ended stays as it is. False if there is no such operation.
+    pub fn abort(&mut self, id: &str, now: &str) -> bool {
+        let Some(entry) = self.entries.get_mut(id) else { return false };
+        if entry.record.operation.state.is_running() {
+            entry.is_unwanted = true;
+        }
+        match entry.record.operation.state {
+            State::Queued => {
+                let detail = "it was aborted before its turn came".into();
+                let error = OperationError { reason: Reason::Cancelled, detail };
+                self.end(id, Ended::Without { is_given_up: false, error, result: None }, now);
+            }
+            State::Aborting | State::Completed | State::Aborted | State::Failed => {}
+            State::Preparing
+            | State::Arming
+            | State::Frozen
+            | State::Copying
+            | State::Draining
+            | State::Committing => {
+                self.change(id, |entry| entry.record.operation.state = State::Aborting);
+            }
+        }
+        true
+    }
+
+    /// Forgets an ended operation; the snapshot stays.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn forget(&mut self, id: &str) -> Result<(), Unforgettable> {
+        let entry = self.entries.get(id).ok_or(Unforgettable::Unknown)?;
+        if !entry.record.operation.state.is_final() {
+            return Err(Unforgettable::NotEnded);
+        }
+        self.withdraw(id);
+        Ok(())
+    }
+
+    /// Takes an operation out that could not be kept.
+    pub fn withdraw(&mut self, id: &str) {
+        self.entries.remove(id);
+        self.changes.push(id.into());
+    }
+
+    /// Takes up and starts nothing any more. Told to abort, it does so with what runs, also if it was told to drain before.
+    pub fn close(&mut self, shutdown: Shutdown) {
+        self.closing = Some(shutdown);
+        if shutdown == Shutdown::Abort {
+            let running = self.operations().filter(|known| known.state.is_running());
+            let ids: Vec<_> = running.map(|known| known.id.clone()).collect();
+            for id in ids {
+                self.change(&id, |entry| entry.record.operation.state = State::Aborting);
+            }
+        }
+    }
+
+    /// Changes an operation that has not ended.
+    fn change(&mut self, id: &str, make: impl FnOnce(&mut Entry)) {
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        if entry.record.operation.state.is_final() {
+            return;
+        }
+        make(entry);
+        entry.record.operation.version += 1;
+        self.changes.push(id.into());
+    }
+
+    fn count(&self, is_meant: impl Fn(State) -> bool) -> usize {
+        self.operations().filter(|known| is_meant(known.state)).count()
+    }
+}
+
+fn close(operation: &mut Operation, state: State, now: &str) {
+    operation.state = state;
+    operation.ended_at = Some(now.into());
+}

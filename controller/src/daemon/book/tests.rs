@@ -1,0 +1,272 @@
+//! The book under every command and every piece of news in every state.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+use serde_json::json;
+
+use super::*;
+
+const BOUNDS: Bounds = Bounds { running_max: 2, queued_max: 3, remembered_max: 2 };
+const NOW: &str = "2026-01-01T00:00:00.000Z";
+
+fn book() -> Book {
+    Book::new(BOUNDS, Vec::new(), NOW)
+}
+
+fn request(vm: &str) -> Request {
+    Request { vm: vm.into(), destination: None, policy: Default::default() }
+}
+
+fn submit(book: &mut Book, id: &str, vm: &str) -> Result<String, Rejected> {
+    let destination = format!("/backup/{vm}/{id}");
+    book.submit(id, &request(vm), &destination, None, NOW).map(|taken| taken.id.clone())
+}
+
+/// Does what is selected until nothing is; returns what was done.
+fn settle(book: &mut Book) -> Vec<Action> {
+    let mut done = Vec::new();
+    while let Some(action) = book.select() {
+        match &action {
+            Action::Start(id) => book.start(id, NOW),
+            Action::Terminate(id) => book.told(id),
+            Action::Forget(id) => book.forget(id).unwrap(),
+        }
+        done.push(action);
+        assert!(done.len() < 100, "no end: {done:?}");
+    }
+    done
+}
+
+fn state(book: &Book, id: &str) -> Option<State> {
+    book.get(id).map(|record| record.operation.state)
+}
+
+fn failed(reason: Reason) -> Ended {
+    let error = OperationError { reason, detail: "as it is".into() };
+    Ended::Without { is_given_up: false, error, result: None }
+}
+
+fn reason(book: &Book, id: &str) -> Reason {
+    book.get(id).unwrap().operation.error.as_ref().unwrap().reason
+}
+
+/// A book with one operation in that state.
+fn in_state(wanted: State) -> Book {
+    let mut book = book();
+    submit(&mut book, "1", "vm1").unwrap();
+    if wanted == State::Queued {
+        return book;
+    }
+    settle(&mut book);
+    match wanted {
+        State::Completed => book.end("1", Ended::Completed(json!({})), NOW),
+        State::Aborted => book.end("1", failed(Reason::Cancelled), NOW),
+        State::Failed => book.end("1", failed(Reason::Io), NOW),
+        state => book.note_progress("1", state, Progress::default()),
+    }
+    assert_eq!(state(&book, "1"), Some(wanted));
+    book.take_changes();
+    book
+}
+
+#[test]
+fn every_state_takes_every_event() {
+    for from in State::ALL {
+        // Progress: only what runs moves, and what is being given up stays so.
+        for news in State::ALL.into_iter().filter(|state| state.is_running()) {
+            let mut book = in_state(from);
+            book.note_progress("1", news, Progress::default());
+            let expected = match from {
+                State::Aborting => State::Aborting,
+                state if state.is_final() => state,
+                _ => news,
+            };
+            assert_eq!(state(&book, "1"), Some(expected), "{from:?} {news:?}");
+        }
+        // Its end counts once, and whatever was asked for before.
+        for (ended, expected) in [
+            (Ended::Completed(json!({})), State::Completed),
+            (failed(Reason::Cancelled), State::Aborted),
+            (failed(Reason::Io), State::Failed),
+            (
+                Ended::Without {
+                    is_given_up: true,
+                    error: OperationError { reason: Reason::Deadline, detail: String::new() },
+                    result: None,
+                },
+                State::Aborted,
+            ),
+        ] {
+            let mut book = in_state(from);
+            book.end("1", ended, NOW);
+            let expected = if from.is_final() { from } else { expected };
+            assert_eq!(state(&book, "1"), Some(expected), "{from:?}");
+        }
+        // Abort, twice.
+        let mut book = in_state(from);
+        for _ in 0..2 {
+            assert!(book.abort("1", NOW));
+            let expected = match from {
+                State::Queued => State::Aborted,
+                state if state.is_final() => state,
+                _ => State::Aborting,
+            };
+            assert_eq!(state(&book, "1"), Some(expected), "{from:?}");
+        }
+        let is_to_be_told = from.is_running() && from != State::Aborting;
+        let told = if is_to_be_told { vec![Action::Terminate("1".into())] } else { vec![] };
+        assert_eq!(settle(&mut book), told, "{from:?}");
+        // Forget.
+        let mut book = in_state(from);
+        assert_eq!(book.forget("1").is_ok(), from.is_final(), "{from:?}");
+        assert_eq!(state(&book, "1").is_none(), from.is_final(), "{from:?}");
+        // A restart.
+        let record = in_state(from).get("1").unwrap().clone();
+        let version = record.operation.version;
+        let mut book = Book::new(BOUNDS, vec![record], NOW);
+        if from.is_running() {
+            assert_eq!(state(&book, "1"), Some(State::Aborted), "{from:?}");
+            assert_eq!(reason(&book, "1"), Reason::DaemonRestart);
+            assert!(book.get("1").unwrap().operation.version > version + 1_000_000);
+            assert_eq!(book.take_changes(), ["1"]);
+        } else {
+            assert_eq!(state(&book, "1"), Some(from), "{from:?}");
+            assert!(book.take_changes().is_empty());
+        }
+    }
+}
+
+#[test]
+fn nobody_is_surprised_by_what_is_not_there() {
+    let mut book = book();
+    assert!(!book.abort("1", NOW));
+    assert_eq!(book.forget("1"), Err(Unforgettable::Unknown));
+    book.start("1", NOW);
+    book.told("1");
+    book.note_progress("1", State::Copying, Progress::default());
+    book.note_forecast("1", json!({}));
+    book.end("1", failed(Reason::Io), NOW);
+    assert!(book.take_changes().is_empty());
+}
+
+#[test]
+fn so_many_run_and_wait_as_may() {
+    let mut book = book();
+    for number in 1..=5 {
+        submit(&mut book, &number.to_string(), &format!("vm{number}")).unwrap();
+        settle(&mut book);
+    }
+    let states: Vec<_> = book.operations().map(|known| known.state).collect();
+    assert_eq!(states[..2], [State::Preparing; 2]);
+    assert_eq!(states[2..], [State::Queued; 3]);
+    assert_eq!(submit(&mut book, "6", "vm6"), Err(Rejected::QueueFull { max: 3 }));
+    // The oldest that waits is the next.
+    book.end("2", failed(Reason::Io), NOW);
+    assert_eq!(settle(&mut book), [Action::Start("3".into())]);
+    submit(&mut book, "6", "vm6").unwrap();
+}
+
+#[test]
+fn a_machine_and_a_directory_are_taken_until_the_end() {
+    for taken in State::ALL {
+        let mut book = in_state(taken);
+        let other = book.submit("2", &request("vm2"), "/backup/vm1/1", None, NOW).map(drop);
+        let busy = submit(&mut book, "3", "vm1").map(drop);
+        if taken.is_final() {
+            assert_eq!(other, Ok(()), "{taken:?}");
+            assert_eq!(busy, Ok(()), "{taken:?}");
+        } else {
+            assert_eq!(busy, Err(Rejected::Busy { vm: "vm1".into(), id: "1".into() }), "{taken:?}");
+            let destination = "/backup/vm1/1".into();
+            assert_eq!(other, Err(Rejected::DestinationTaken { destination, id: "1".into() }));
+        }
+    }
+}
+
+#[test]
+fn a_key_stands_for_one_request_as_long_as_it_is_remembered() {
+    let mut book = book();
+    let take = |book: &mut Book, id: &str, vm: &str| {
+        let destination = format!("/backup/{id}");
+        let taken = book.submit(id, &request(vm), &destination, Some("key"), NOW);
+        taken.map(|taken| taken.id.clone())
+    };
+    assert_eq!(take(&mut book, "1", "vm1").unwrap(), "1");
+    assert_eq!(take(&mut book, "2", "vm1").unwrap(), "1", "although it is busy");
+    assert_eq!(take(&mut book, "3", "vm2"), Err(Rejected::KeyReused { id: "1".into() }));
+    settle(&mut book);
+    book.end("1", failed(Reason::Io), NOW);
+    assert_eq!(take(&mut book, "4", "vm1").unwrap(), "1", "although it has ended");
+    // A restart changes nothing of it.
+    let records = vec![book.get("1").unwrap().clone()];
+    let mut book = Book::new(BOUNDS, records, NOW);
+    assert_eq!(take(&mut book, "5", "vm1").unwrap(), "1");
+    book.forget("1").unwrap();
+    assert_eq!(take(&mut book, "6", "vm2").unwrap(), "6");
+}
+
+#[test]
+fn the_oldest_that_have_ended_are_forgotten() {
+    let mut book = book();
+    for id in ["1", "2", "3", "4"] {
+        submit(&mut book, id, id).unwrap();
+        settle(&mut book);
+        if id != "1" {
+            book.end(id, failed(Reason::Io), NOW);
+        }
+    }
+    assert_eq!(settle(&mut book), [Action::Forget("2".into())]);
+    let known: Vec<_> = book.operations().map(|known| known.id.as_str()).collect();
+    assert_eq!(known, ["1", "3", "4"]);
+}
+
+#[test]
+fn a_daemon_that_ends_aborts_or_waits() {
+    for shutdown in [Shutdown::Abort, Shutdown::Drain] {
+        let mut book = in_state(State::Copying);
+        submit(&mut book, "2", "vm2").unwrap();
+        book.close(shutdown);
+        assert_eq!(submit(&mut book, "3", "vm3"), Err(Rejected::Closing));
+        let told = settle(&mut book);
+        if shutdown == Shutdown::Abort {
+            assert_eq!(told, [Action::Terminate("1".into())]);
+            book.end("1", failed(Reason::Cancelled), NOW);
+            assert_eq!(reason(&book, "1"), Reason::DaemonRestart);
+        } else {
+            assert_eq!(told, []);
+            assert!(!book.is_closed());
+            book.end("1", Ended::Completed(json!({})), NOW);
+        }
+        assert!(book.is_closed());
+        assert_eq!(settle(&mut book), []);
+        assert_eq!(state(&book, "2"), Some(State::Queued), "it waits for the next daemon");
+    }
+    // What somebody aborted before keeps its reason; a second signal aborts what is waited for.
+    let mut book = in_state(State::Copying);
+    book.abort("1", NOW);
+    book.close(Shutdown::Drain);
+    book.close(Shutdown::Abort);
+    book.end("1", failed(Reason::Cancelled), NOW);
+    assert_eq!(reason(&book, "1"), Reason::Cancelled);
+}
+
+#[test]
+fn each_change_is_told_and_has_a_version_of_its_own() {
+    let mut book = book();
+    submit(&mut book, "1", "vm1").unwrap();
+    let mut versions = vec![book.get("1").unwrap().operation.version];
+    assert_eq!(book.take_changes(), ["1"]);
+    let changes: [&dyn Fn(&mut Book); 5] = [
+        &|book| book.start("1", NOW),
+        &|book| book.note_forecast("1", json!({})),
+        &|book| book.note_progress("1", State::Copying, Progress::default()),
+        &|book| assert!(book.abort("1", NOW)),
+        &|book| book.end("1", failed(Reason::Cancelled), NOW),
+    ];
+    for change in changes {
+        change(&mut book);
+        assert_eq!(book.take_changes(), ["1"]);
+        versions.push(book.get("1").unwrap().operation.version);
+    }
+    assert!(versions.is_sorted_by(|before, after| before < after), "{versions:?}");
+}

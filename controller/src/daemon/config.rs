@@ -1,0 +1,285 @@
+//! What the operator configures: where the daemon listens, which virtual machines there are, where snapshots may lie, and
+//! how much is allowed. Only read at start.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::book::{Bounds, Shutdown};
+use super::vms::Pattern;
+
+/// The daemon's configuration; packaging/livesnap.toml explains each key.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The Unix socket of the API.
+    pub socket: PathBuf,
+    /// Where the daemon keeps what has to survive a reboot.
+    pub state_dir: PathBuf,
+    /// Where it is kept what has to be put back should livesnap be killed.
+    pub runtime_dir: PathBuf,
+    /// Directories below which snapshots may lie.
+    pub destinations: Vec<PathBuf>,
+    /// Snapshots at the same time.
+    pub running_max: usize,
+    /// Operations that wait for their turn.
+    pub queued_max: usize,
+    /// Ended operations that are remembered.
+    pub remembered_max: usize,
+    /// What becomes of running snapshots when the daemon is told to end.
+    pub shutdown: Shutdown,
+    /// What clients may take.
+    pub http: HttpLimits,
+    /// Where QMP sockets of further virtual machines are looked for.
+    pub discover: Vec<Pattern>,
+    /// Seconds after which virtual machines are looked for, and at, again.
+    pub look_seconds: u64,
+    /// The virtual machines.
+    pub vm: Vec<Vm>,
+}
+
+/// What clients may take.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpLimits {
+    /// Connections at the same time; more wait.
+    pub connections_max: usize,
+    /// Bytes of a request's body.
+    pub body_bytes_max: usize,
+    /// Bytes of a request's line and headers.
+    pub header_bytes_max: usize,
+    /// Seconds that a request's headers, and then its body, may take to arrive.
+    pub read_seconds_max: u64,
+    /// Seconds that a client may ask to wait for an operation's end.
+    pub wait_seconds_max: u64,
+}
+
+/// One virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// Its name: letters, digits, `.`, `_` and `-`.
+    pub name: String,
+    /// Its QMP socket.
+    pub qmp: PathBuf,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            socket: "/run/livesnap/livesnap.sock".into(),
+            state_dir: "/var/lib/livesnap".into(),
+            runtime_dir: "/run/livesnap".into(),
+            destinations: vec!["/var/lib/livesnap/snapshots".into()],
+            running_max: 1,
+            queued_max: 16,
+            remembered_max: 1000,
+            shutdown: Shutdown::Abort,
+            http: HttpLimits::default(),
+            discover: Vec::new(),
+            look_seconds: 30,
+            vm: Vec::new(),
+        }
+    }
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            connections_max: 256,
+            body_bytes_max: 64 << 10,
+            header_bytes_max: 16 << 10,
+            read_seconds_max: 10,
+            wait_seconds_max: 300,
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file.
+    #[error("cannot read the configuration {}: {source}", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Its text.
+    #[error("the configuration {} is not understood: {}", path.display(), source.to_string().trim_end())]
+    Text {
+        /// Which file.
+        path: PathBuf,
+        /// Where, and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A name that could be mistaken for something else in a path or a label.
+    #[error("{name:?} cannot be the name of a virtual machine: use {NAME_RULE}")]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// Two of a name.
+    #[error("two virtual machines are named {name}: give each a name of its own")]
+    Twice {
+        /// The name.
+        name: String,
+    },
+    /// A relative path.
+    #[error("{} is not an absolute path without '..': write it out", path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Nothing could ever be done.
+    #[error("{key} is {value}, so nothing could ever be done: allow at least {least}")]
+    TooLittle {
+        /// The limit.
+        key: &'static str,
+        /// Its value.
+        value: u64,
+        /// Its least value.
+        least: u64,
+    },
+}
+
+/// What a name may be made of, for errors.
+pub const NAME_RULE: &str =
+    "up to 64 letters, digits, '.', '_' and '-', not beginning with '.' or '-'";
+
+impl Config {
+    /// Reads a file, or takes the defaults.
+    ///
+    /// # Errors
+    /// If it cannot be read, or says what makes no sense.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let Some(path) = path else { return Ok(Self::default()) };
+        let read = |source| ConfigError::Read { path: path.into(), source };
+        let text = fs::read_to_string(path).map_err(read)?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Text { path: path.into(), source: Box::new(source) })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        for (key, value, least) in [
+            ("running_max", self.running_max as u64, 1),
+            ("queued_max", self.queued_max as u64, 1),
+            ("look_seconds", self.look_seconds, 1),
+            ("http.connections_max", self.http.connections_max as u64, 1),
+            ("http.body_bytes_max", self.http.body_bytes_max as u64, 1 << 10),
+            // The least that the HTTP library takes.
+            ("http.header_bytes_max", self.http.header_bytes_max as u64, 8 << 10),
+        ] {
+            if value < least {
+                return Err(ConfigError::TooLittle { key, value, least });
+            }
+        }
+        for (number, vm) in self.vm.iter().enumerate() {
+            if !is_name(&vm.name) {
+                return Err(ConfigError::Name { name: vm.name.clone() });
+            }
+            if self.vm[..number].iter().any(|other| other.name == vm.name) {
+                return Err(ConfigError::Twice { name: vm.name.clone() });
+            }
+        }
+        let own = [&self.socket, &self.state_dir, &self.runtime_dir];
+        let sockets = self.vm.iter().map(|vm| &vm.qmp);
+        match self.destinations.iter().chain(own).chain(sockets).find(|path| !is_plain(path)) {
+            Some(path) => Err(ConfigError::Path { path: path.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// How much is allowed at once.
+    pub const fn bounds(&self) -> Bounds {
+        let &Self { running_max, queued_max, remembered_max, .. } = self;
+        Bounds { running_max, queued_max, remembered_max }
+    }
+}
+
+/// Whether a name can stand in a path, a label and a log.
+pub fn is_name(name: &str) -> bool {
+    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=64).contains(&name.len()) && name.bytes().all(is_good) && !name.starts_with(['.', '-'])
+}
+
+/// Whether a path is absolute and says where it leads.
+fn is_plain(path: &Path) -> bool {
+    path.is_absolute() && !path.components().any(|part| matches!(part, Component::ParentDir))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../../packaging/livesnap.toml");
+
+    #[test]
+    fn the_example_says_the_defaults() {
+        let config: Config = toml::from_str(EXAMPLE).unwrap();
+        config.check().unwrap();
+        assert_eq!(config.vm.len(), 1, "the example of a virtual machine");
+        assert_eq!(Config { vm: Vec::new(), ..config }, Config::default());
+    }
+
+    #[test]
+    fn the_example_has_every_key() {
+        // Each key that is misspelt is told with all that there are.
+        let keys_of = |table: &str| {
+            let wrong = format!("{table}\nno-such-key = 1");
+            let error = toml::from_str::<Config>(&wrong).unwrap_err().to_string();
+            let (_, known) =
+                error.split_once("expected one of").or(error.split_once("expected")).unwrap();
+            known.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>()
+        };
+        for table in ["", "[http]", "[[vm]]"] {
+            let keys = keys_of(table);
+            assert!(keys.len() >= 2, "{table}: {keys:?}");
+            for key in keys {
+                let stands = EXAMPLE.lines().any(|line| {
+                    line.strip_prefix(&key).is_some_and(|rest| rest.starts_with(" = "))
+                        || line == format!("[{key}]")
+                        || line == format!("[[{key}]]")
+                });
+                assert!(stands, "{key} of {table:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for (text, word) in [
+            ("running_max = 0", "running_max"),
+            ("http.header_bytes_max = 100", "header_bytes_max"),
+            ("sockets = '/a'", "unknown field"),
+            ("discover = ['/run/qmp']", "one '*'"),
+            ("shutdown = 'now'", "unknown variant"),
+            ("socket = 'here'", "absolute"),
+            ("destinations = ['/backup/../etc']", "absolute"),
+            ("[[vm]]\nname = '../a'\nqmp = '/a'", "name"),
+            ("[[vm]]\nname = 'a'\nqmp = '/a'\n[[vm]]\nname = 'a'\nqmp = '/b'", "two"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("config.toml");
+            fs::write(&path, text).unwrap();
+            let error = Config::load(Some(&path)).unwrap_err().to_string();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn names_are_harmless() {
+        for name in ["vm1", "a", "web-3.example_org", &"x".repeat(64)] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", ".", "..", "-v", ".a", "a/b", "a b", "a\n", "ä", "a\0", &"x".repeat(65)] {
+            assert!(!is_name(name), "{name:?}");
+        }
+    }
+}

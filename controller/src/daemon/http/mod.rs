@@ -1,0 +1,86 @@
+//! The API over HTTP.
+//!
+//! ```text
+//! listen    the socket, connections and their limits
+//! routes    what each call does
+//! request   what is read of a request
+//! events    operations as they change
+//! problem   how a call fails: RFC 9457
+//! ```
+//!
+//! Reading calls look at the supervisor's view and never disturb it; only calls that change something go through it.
+
+mod events;
+pub mod listen;
+pub mod problem;
+mod request;
+mod routes;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use utoipa::OpenApi as _;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::config::Config;
+use super::supervisor::Handle;
+use problem::{Problem, Word};
+
+/// What every call works with.
+#[derive(Clone, Debug)]
+pub struct Api {
+    handle: Handle,
+    config: Arc<Config>,
+}
+
+impl Api {
+    /// For the supervisor behind `handle`.
+    pub const fn new(handle: Handle, config: Arc<Config>) -> Self {
+        Self { handle, config }
+    }
+}
+
+#[derive(utoipa::OpenApi)]
+#[openapi(info(
+    title = "livesnap",
+    description = "Live point-in-time snapshots of running virtual machines. A snapshot is a long-running operation: POST starts it, GET tells how far it is."
+))]
+struct Document;
+
+/// Every call, with its description for /openapi.json.
+fn described() -> OpenApiRouter<Api> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(routes::submit, routes::list))
+        .routes(routes!(routes::show, routes::forget))
+        .routes(routes!(events::events))
+        .routes(routes!(routes::abort))
+        .routes(routes!(routes::change_policy))
+        .routes(routes!(routes::vms))
+        .routes(routes!(routes::healthz))
+        .routes(routes!(routes::readyz))
+}
+
+/// All that is served.
+pub fn router(api: Api) -> Router {
+    let body_bytes_max = api.config.http.body_bytes_max;
+    let (router, document) = described().split_for_parts();
+    let document = axum::Json(document);
+    router
+        .route("/openapi.json", axum::routing::get(async move || document.clone()))
+        .fallback(async || {
+            Problem::new(
+                Word::NotFound,
+                "there is nothing of that name: GET /openapi.json tells what there is",
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            Problem::new(
+                Word::MethodNotAllowed,
+                "this cannot be done to it: the header Allow tells what can",
+            )
+        })
+        .layer(DefaultBodyLimit::max(body_bytes_max))
+        .with_state(api)
+}

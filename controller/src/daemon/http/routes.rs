@@ -1,0 +1,324 @@
+//! What each call does.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State as Shared;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::Api;
+use super::problem::{Problem, Word, link};
+use super::request::{Body, Id, Parameters, idempotency_key, is_known, preferred_wait};
+use crate::control_loop::Change;
+use crate::daemon::operation::{Operation, Request, State};
+use crate::daemon::policy::Policy;
+use crate::daemon::vms::{Seen, Source, Vm};
+
+/// Operations in a list, unless fewer are asked for, and at most.
+const PAGE: usize = 50;
+const PAGE_MAX: usize = 500;
+
+/// Takes a snapshot.
+///
+/// Answered at once; the snapshot is taken meanwhile. The same idempotency key with the same body leads to the same operation.
+#[utoipa::path(
+    post,
+    path = "/snapshot",
+    tag = "snapshot",
+    params(
+        ("Idempotency-Key" = Option<String>, Header, description = "Stands for this request, should it be sent again"),
+        ("Prefer" = Option<String>, Header, description = "wait=SECONDS: answer when it has ended, but no later than that"),
+    ),
+    request_body = Request,
+    responses(
+        (status = 202, description = "It was taken up", body = Operation, headers(("Location" = String))),
+        (status = 200, description = "It has ended, as was waited for", body = Operation, headers(("Location" = String))),
+        (status = "default", description = "It was not taken up", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn submit(
+    Shared(api): Shared<Api>,
+    headers: HeaderMap,
+    Body(request): Body<Request>,
+) -> Result<Response, Problem> {
+    request.policy.check().map_err(|error| Problem::new(Word::BadArgument, error.to_string()))?;
+    let key = idempotency_key(&headers)?;
+    let mut operation = api.handle.submit(request, key).await?;
+    let max = Duration::from_secs(api.config.http.wait_seconds_max);
+    let wait = preferred_wait(&headers, max);
+    if let Some(wait) = wait {
+        let mut view = api.handle.view();
+        let id = operation.id.clone();
+        let has_ended = |known: Option<&std::sync::Arc<Operation>>| {
+            known.is_none_or(|known| known.state.is_final())
+        };
+        let ended = view.wait_for(|view| has_ended(view.operations.get(&id)));
+        if let Ok(Ok(view)) = tokio::time::timeout(wait, ended).await
+            && let Some(ended) = view.operations.get(&id)
+        {
+            operation = ended.clone();
+        }
+    }
+    let status = if operation.state.is_final() { StatusCode::OK } else { StatusCode::ACCEPTED };
+    let mut response =
+        (status, [(header::LOCATION, link(&operation.id))], tagged(&operation)).into_response();
+    if wait.is_some() {
+        response.headers_mut().insert("preference-applied", HeaderValue::from_static("wait"));
+    }
+    Ok(response)
+}
+
+/// Which operations are wanted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct Filter {
+    /// Operations at most.
+    #[param(minimum = 1, maximum = 500, default = 50)]
+    limit: Option<usize>,
+    /// Only operations before this one.
+    before: Option<String>,
+    /// Only of this virtual machine.
+    vm: Option<String>,
+    /// Only in this state.
+    state: Option<State>,
+}
+
+/// A page of operations.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Page {
+    /// The newest first, without their results.
+    operations: Vec<Operation>,
+    /// Where the list goes on, if it does.
+    next: Option<String>,
+}
+
+/// Lists operations, the newest first.
+#[utoipa::path(
+    get,
+    path = "/snapshot",
+    tag = "snapshot",
+    params(Filter),
+    responses(
+        (status = 200, description = "A page of operations", body = Page),
+        (status = "default", description = "It cannot be listed", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn list(
+    Shared(api): Shared<Api>,
+    Parameters(filter): Parameters<Filter>,
+) -> Result<Json<Page>, Problem> {
+    let limit = filter.limit.unwrap_or(PAGE);
+    if !(1..=PAGE_MAX).contains(&limit) {
+        let detail = format!("limit is {limit}: ask for 1 to {PAGE_MAX}");
+        return Err(Problem::new(Word::BadArgument, detail));
+    }
+    let view = api.handle.view().borrow().clone();
+    let is_meant = |known: &&std::sync::Arc<Operation>| {
+        filter.before.as_ref().is_none_or(|before| known.id < *before)
+            && filter.vm.as_ref().is_none_or(|vm| known.vm == *vm)
+            && filter.state.is_none_or(|state| known.state == state)
+    };
+    let mut found = view.operations.values().rev().filter(is_meant);
+    let brief = |known: &std::sync::Arc<Operation>| Operation { result: None, ..(**known).clone() };
+    let operations: Vec<_> = found.by_ref().take(limit).map(brief).collect();
+    let next = found.next().and(operations.last()).map(|last| {
+        let mut next = format!("/snapshot?limit={limit}&before={}", last.id);
+        if let Some(vm) = operations.first().filter(|_| filter.vm.is_some()).map(|first| &first.vm)
+        {
+            next.push_str(&format!("&vm={vm}"));
+        }
+        if let Some(state) = filter.state {
+            next.push_str(&format!("&state={}", state.as_str()));
+        }
+        next
+    });
+    Ok(Json(Page { operations, next }))
+}
+
+/// Tells of an operation.
+#[utoipa::path(
+    get,
+    path = "/snapshot/{id}",
+    tag = "snapshot",
+    params(
+        ("id" = String, Path, description = "The operation"),
+        ("If-None-Match" = Option<String>, Header, description = "Answer only if it is another than this entity tag says"),
+    ),
+    responses(
+        (status = 200, description = "The operation; one that failed has an error", body = Operation, headers(("ETag" = String))),
+        (status = 304, description = "It is as the client knows it"),
+        (status = "default", description = "It cannot be told", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn show(
+    Shared(api): Shared<Api>,
+    Id(id): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let view = api.handle.view().borrow().clone();
+    let operation = view.operations.get(&id).ok_or_else(|| Problem::unknown_operation(&id))?;
+    let tag = entity_tag(operation);
+    if is_known(&headers, &tag) {
+        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());
+    }
+    Ok(tagged(operation).into_response())
+}
+
+/// Gives an operation up.
+///
+/// The guest runs on, and nothing is left of the snapshot. One that has ended stays as it is.
+#[utoipa::path(
+    post,
+    path = "/snapshot/{id}/abort",
+    tag = "snapshot",
+    params(("id" = String, Path, description = "The operation")),
+    responses(
+        (status = 202, description = "It is being given up, or has ended", body = Operation),
+        (status = "default", description = "It cannot be given up", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn abort(Shared(api): Shared<Api>, Id(id): Id) -> Result<Response, Problem> {
+    let operation = api.handle.abort(&id).await?.ok_or_else(|| Problem::unknown_operation(&id))?;
+    Ok((StatusCode::ACCEPTED, tagged(&operation)).into_response())
+}
+
+/// Changes the limits of an operation that waits or runs.
+///
+/// Answered when they are in force. What is not named stays as it is.
+#[utoipa::path(
+    patch,
+    path = "/snapshot/{id}/policy",
+    tag = "snapshot",
+    params(("id" = String, Path, description = "The operation")),
+    request_body = Change,
+    responses(
+        (status = 200, description = "They are in force", body = Operation),
+        (status = "default", description = "They are as they were", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn change_policy(
+    Shared(api): Shared<Api>,
+    Id(id): Id,
+    Body(change): Body<Change>,
+) -> Result<Response, Problem> {
+    let check = Policy::default().changed(&change).check();
+    check.map_err(|error| Problem::new(Word::BadArgument, error.to_string()))?;
+    api.handle.change(&id, change).await?.map_err(|error| Problem::unchangeable(&error, &id))?;
+    let view = api.handle.view().borrow().clone();
+    let operation = view.operations.get(&id).ok_or_else(|| Problem::unknown_operation(&id))?;
+    Ok(tagged(operation).into_response())
+}
+
+/// Forgets an operation that has ended. The snapshot stays.
+#[utoipa::path(
+    delete,
+    path = "/snapshot/{id}",
+    tag = "snapshot",
+    params(("id" = String, Path, description = "The operation")),
+    responses(
+        (status = 204, description = "It is forgotten"),
+        (status = "default", description = "It is not forgotten", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn forget(Shared(api): Shared<Api>, Id(id): Id) -> Result<StatusCode, Problem> {
+    let forgotten = api.handle.forget(&id).await?;
+    forgotten.map_err(|why| Problem::unforgettable(why, &id))?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// A virtual machine.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct VmEntry {
+    /// Its name.
+    name: String,
+    /// Its QMP socket.
+    qmp: String,
+    /// How it came to be known.
+    source: Source,
+    /// The operation that waits or runs, if one does.
+    operation: Option<String>,
+    /// When its last snapshot was completed, of those that are remembered.
+    last_completed_at: Option<String>,
+    /// What was seen of it last, but not while it is being snapshotted.
+    seen: Option<Seen>,
+}
+
+/// The virtual machines.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct VmList {
+    /// By name.
+    vms: Vec<VmEntry>,
+}
+
+/// Lists the virtual machines, with what would refuse a snapshot of each.
+#[utoipa::path(
+    get,
+    path = "/vms",
+    tag = "host",
+    responses((status = 200, description = "The virtual machines", body = VmList)),
+)]
+pub async fn vms(Shared(api): Shared<Api>) -> Json<VmList> {
+    let view = api.handle.view().borrow().clone();
+    let entry = |(name, vm): (String, Vm)| {
+        let own = || view.operations.values().rev().filter(|known| known.vm == name);
+        let unfinished = own().find(|known| !known.state.is_final());
+        let completed = own().find(|known| known.state == State::Completed);
+        VmEntry {
+            qmp: vm.qmp.display().to_string(),
+            source: vm.source,
+            operation: unfinished.map(|known| link(&known.id)),
+            last_completed_at: completed.and_then(|known| known.ended_at.clone()),
+            seen: vm.seen.map(|seen| (*seen).clone()),
+            name,
+        }
+    };
+    Json(VmList { vms: api.handle.vms().all().into_iter().map(entry).collect() })
+}
+
+/// How the daemon is.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    /// In a word.
+    status: &'static str,
+}
+
+/// Whether the daemon lives.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    tag = "host",
+    responses((status = 200, description = "It does", body = Health)),
+)]
+pub async fn healthz() -> Json<Health> {
+    Json(Health { status: "ok" })
+}
+
+/// Whether the daemon takes up snapshots.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    tag = "host",
+    responses(
+        (status = 200, description = "It does", body = Health),
+        (status = "default", description = "It does not", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn readyz(Shared(api): Shared<Api>) -> Result<Json<Health>, Problem> {
+    if api.handle.view().borrow().is_closing {
+        return Err(Problem::new(Word::Closing, "the daemon is ending: ask again when it is back"));
+    }
+    Ok(Json(Health { status: "ready" }))
+}
+
+/// Names what an operation looks like. Its version alone does not: what was not kept may get a number anew.
+fn entity_tag(operation: &Operation) -> String {
+    format!("\"{}-{}\"", operation.version, operation.state.as_str())
+}
+
+fn tagged(operation: &Operation) -> impl IntoResponse + use<> {
+    ([(header::ETAG, entity_tag(operation))], Json(operation.clone()))
+}

@@ -1,0 +1,162 @@
+//! `livesnap serve`: a service that takes snapshots of a host's virtual machines.
+//!
+//! ```text
+//! config        what the operator says; only read at start
+//! operation     what is told of a snapshot: data
+//! book          all operations, and what is to be done next: pure
+//! policy        limits as they stand in a request
+//! destination   where snapshots may lie
+//! vms           named and found virtual machines
+//! supervisor    the one task that owns the book
+//! child         the process that takes one snapshot
+//! journal       what of the book survives
+//! http/         the API: routes, problems, connections
+//! ```
+//!
+//! One thread runs all tasks, so the daemon takes no more than one CPU from guests, and starts all processes, which the
+//! kernel ends with it. Whatever may wait for a disk or a virtual machine has a thread of its own for as long.
+
+mod book;
+mod child;
+mod config;
+mod destination;
+mod http;
+mod journal;
+mod operation;
+mod policy;
+mod supervisor;
+mod vms;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+pub use book::Shutdown;
+pub use config::Config;
+#[cfg(test)]
+pub use http::problem;
+
+use http::Api;
+use journal::{Journal, JournalError};
+use operation::Operation;
+use supervisor::{Handle, Observer, Supervisor};
+use vms::Vms;
+
+/// Why the daemon cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another one is at work, or it cannot be kept what has to be.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A directory for snapshots.
+    #[error("cannot use {} for snapshots: {source}: make it, or name another in destinations", path.display())]
+    Root {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The socket.
+    #[error(transparent)]
+    Listen(#[from] http::listen::ListenError),
+    /// The operating system.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Serves until a signal ends it.
+///
+/// # Errors
+/// If it cannot begin.
+pub fn run(config: Config) -> Result<(), DaemonError> {
+    let system = |what| move |source| DaemonError::System { what, source };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(system("start"))?;
+    runtime.block_on(serve(Arc::new(config)))
+}
+
+async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
+    let journal = Journal::open(&config.state_dir)?;
+    check_roots(&config)?;
+    supervisor::repair(&config.runtime_dir);
+    let (earlier, damaged) = journal.load()?;
+    for error in damaged {
+        tracing::warn!(%error, "left out");
+    }
+    let socket = http::listen::Socket::bind(&config.socket)?;
+    let observers: Vec<Box<dyn Observer>> = vec![Box::new(Log)];
+    let vms = Vms::new(&config);
+    let (supervisor, handle) =
+        Supervisor::new(Arc::clone(&config), vms.clone(), journal, earlier, observers);
+    let supervisor = tokio::spawn(supervisor.run());
+    let interval = Duration::from_secs(config.look_seconds);
+    tokio::spawn(vms::watch(vms, config.discover.clone(), interval));
+    close_on_signal(handle.clone(), config.shutdown)?;
+    let router = http::router(Api::new(handle, Arc::clone(&config)));
+    tracing::info!(socket = %config.socket.display(), vms = config.vm.len(), "serving");
+    let ended = async {
+        if let Err(error) = supervisor.await {
+            tracing::error!(%error, "the supervisor has failed");
+        }
+    };
+    http::listen::serve(&socket, router, &config.http, ended).await;
+    tracing::info!("ended");
+    Ok(())
+}
+
+/// Snapshots must have somewhere to lie.
+fn check_roots(config: &Config) -> Result<(), DaemonError> {
+    for path in &config.destinations {
+        let listed = std::fs::read_dir(path);
+        listed.map_err(|source| DaemonError::Root { path: path.clone(), source })?;
+    }
+    Ok(())
+}
+
+/// Has the supervisor end on a signal; on a second one it aborts what it waits for.
+fn close_on_signal(handle: Handle, first: Shutdown) -> Result<(), DaemonError> {
+    let system = |source| DaemonError::System { what: "handle signals", source };
+    let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(system)?;
+    tokio::spawn(async move {
+        for shutdown in [first, Shutdown::Abort] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!(?shutdown, "told to end");
+            handle.close(shutdown).await;
+        }
+    });
+    Ok(())
+}
+
+/// A line in the log for each change of state.
+struct Log;
+
+impl Observer for Log {
+    fn changed(&mut self, before: Option<&Operation>, now: Option<&Operation>) {
+        let Some(now) = now else { return };
+        if before.is_some_and(|before| before.state == now.state) {
+            return;
+        }
+        let (operation, vm, state) = (&now.id, &now.vm, now.state.as_str());
+        match &now.error {
+            Some(error) => {
+                let reason = error.reason.as_str();
+                tracing::warn!(operation, vm, state, reason, error = error.detail);
+            }
+            None => tracing::info!(operation, vm, state, destination = now.destination),
+        }
+    }
+}

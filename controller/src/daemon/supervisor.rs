@@ -1,0 +1,540 @@
+//! The one task that owns the book: takes commands and news, does what the book selects, and shows every change.
+//!
+//! ```text
+//!  API ──commands──▶ ┌────────────┐ ──▶ view        what readers see; they never wait for the supervisor, nor it for them
+//!                    │ Supervisor │ ──▶ observers   logs, metrics
+//!  processes ─told─▶ └────────────┘ ──▶ journal     what has to survive
+//! ```
+//!
+//! Runs on the daemon's main thread, as every task does. What may wait for a disk is done on other threads.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use snapshot_core::Reason;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use super::book::{Action, Book, Record, Rejected, Shutdown, Unforgettable};
+use super::child::{self, Change, Order, Task, Told};
+use super::config::Config;
+use super::destination::{DestinationError, Place};
+use super::journal::{Journal, JournalError};
+use super::operation::{Ended, Operation, Request, State};
+use super::vms::Vms;
+use crate::{actuator, control_loop};
+
+/// Commands and news that wait to be taken; who has more waits too.
+const MAILBOX: usize = 64;
+
+/// How long a process may take to answer, which it does with the session's next step.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Orders that wait until a process has been started.
+const ORDERS: usize = 8;
+
+/// What readers see.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// All operations, by id.
+    pub operations: BTreeMap<String, Arc<Operation>>,
+    /// Whether the daemon is ending.
+    pub is_closing: bool,
+}
+
+/// Whoever wants to know of each change of an operation.
+pub trait Observer: Send {
+    /// An operation is another than before: new, changed or forgotten. Must not wait for anything.
+    fn changed(&mut self, before: Option<&Operation>, now: Option<&Operation>);
+}
+
+/// Why a request is not taken up.
+#[derive(Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// There is no such virtual machine.
+    #[error("there is no virtual machine named {vm:?}: GET /vms lists them")]
+    UnknownVm {
+        /// What was asked for.
+        vm: String,
+    },
+    /// It may not lie there.
+    #[error(transparent)]
+    Destination(#[from] DestinationError),
+    /// The book says no.
+    #[error(transparent)]
+    Rejected(#[from] Rejected),
+    /// It would not survive.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The supervisor has ended.
+    #[error(transparent)]
+    Gone(#[from] Gone),
+}
+
+/// Why limits are not changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// There is no such operation.
+    #[error("there is no such operation")]
+    Unknown,
+    /// Nothing is to be changed any more.
+    #[error("operation {id} is ending or has ended: its limits cannot be changed any more")]
+    Ended {
+        /// The operation.
+        id: String,
+    },
+    /// The process says no.
+    #[error("the limits are as they were: {detail}")]
+    Refused {
+        /// Why.
+        detail: String,
+    },
+}
+
+/// The supervisor has ended, and the daemon is about to.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the daemon is ending: ask again when it is back")]
+pub struct Gone;
+
+#[derive(Debug)]
+enum Command {
+    Submit {
+        id: String,
+        request: Request,
+        destination: String,
+        key: Option<String>,
+        reply: oneshot::Sender<Result<Arc<Operation>, SubmitError>>,
+    },
+    Abort {
+        id: String,
+        reply: oneshot::Sender<Option<Arc<Operation>>>,
+    },
+    Forget {
+        id: String,
+        reply: oneshot::Sender<Result<(), Unforgettable>>,
+    },
+    Change {
+        id: String,
+        change: Change,
+        reply: oneshot::Sender<Result<(), ChangeError>>,
+    },
+    Close(Shutdown),
+}
+
+/// How others reach the supervisor.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    config: Arc<Config>,
+    vms: Vms,
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<Arc<View>>,
+    /// The last id that was given.
+    ids: Arc<AtomicU64>,
+}
+
+impl Handle {
+    /// The virtual machines.
+    pub const fn vms(&self) -> &Vms {
+        &self.vms
+    }
+
+    /// What readers see, now and whenever it changes; who is slow sees the newest.
+    pub fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.view.clone()
+    }
+
+    /// Takes up a request, or finds the operation that it was taken up as before.
+    ///
+    /// # Errors
+    /// If it cannot be taken up.
+    pub async fn submit(
+        &self,
+        request: Request,
+        key: Option<String>,
+    ) -> Result<Arc<Operation>, SubmitError> {
+        if self.vms.get(&request.vm).is_none() {
+            return Err(SubmitError::UnknownVm { vm: request.vm });
+        }
+        let id = self.new_id();
+        let wanted = request.destination.as_deref();
+        let place = Place::new(&self.config.destinations, wanted, &request.vm, &id)?;
+        let looked_at = place.clone();
+        spawn_blocking(move || looked_at.check()).await.map_err(|_| Gone)??;
+        let destination = place.path().display().to_string();
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Submit { id, request, destination, key, reply };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)?
+    }
+
+    /// Gives an operation up. Nothing if there is no such operation.
+    ///
+    /// # Errors
+    /// If the supervisor has ended.
+    pub async fn abort(&self, id: &str) -> Result<Option<Arc<Operation>>, Gone> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Abort { id: id.into(), reply };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)
+    }
+
+    /// Forgets an ended operation.
+    ///
+    /// # Errors
+    /// If the supervisor has ended.
+    pub async fn forget(&self, id: &str) -> Result<Result<(), Unforgettable>, Gone> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Forget { id: id.into(), reply };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)
+    }
+
+    /// Changes the limits of an operation, and waits until they are in force.
+    ///
+    /// # Errors
+    /// If the supervisor has ended; or why they are not changed.
+    pub async fn change(
+        &self,
+        id: &str,
+        policy: control_loop::Change,
+    ) -> Result<Result<(), ChangeError>, Gone> {
+        let (reply, taken) = oneshot::channel();
+        let (answer, answered) = oneshot::channel();
+        let change = Change { policy, answer };
+        let command = Command::Change { id: id.into(), change, reply };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        if let Err(error) = taken.await.map_err(|_| Gone)? {
+            return Ok(Err(error));
+        }
+        Ok(match timeout(ANSWER_LIMIT, answered).await {
+            Ok(Ok(answer)) => answer.map_err(|detail| ChangeError::Refused { detail }),
+            // It ended instead.
+            Ok(Err(_)) => Err(ChangeError::Ended { id: id.into() }),
+            Err(_) => {
+                let detail = "the snapshot's process does not answer: ask again".into();
+                Err(ChangeError::Refused { detail })
+            }
+        })
+    }
+
+    /// Has the supervisor end.
+    pub async fn close(&self, shutdown: Shutdown) {
+        // It may have done so already.
+        let _ = self.commands.send(Command::Close(shutdown)).await;
+    }
+
+    /// An id that sorts behind all before: microseconds since 1970, or one more than the last.
+    fn new_id(&self) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+        let last = self.ids.fetch_max(now, Ordering::Relaxed);
+        let id = if now > last { now } else { self.ids.fetch_add(1, Ordering::Relaxed) + 1 };
+        format!("{id:014x}")
+    }
+}
+
+/// The task's state.
+pub struct Supervisor {
+    config: Arc<Config>,
+    vms: Vms,
+    book: Book,
+    journal: Arc<Journal>,
+    observers: Vec<Box<dyn Observer>>,
+    view: watch::Sender<Arc<View>>,
+    commands: mpsc::Receiver<Command>,
+    /// Kept so that the channel stays open; each process has a copy.
+    teller: mpsc::Sender<(String, Told)>,
+    told: mpsc::Receiver<(String, Told)>,
+    processes: HashMap<String, mpsc::Sender<Order>>,
+}
+
+impl Supervisor {
+    /// With what an earlier daemon has left.
+    pub fn new(
+        config: Arc<Config>,
+        vms: Vms,
+        journal: Journal,
+        earlier: Vec<Record>,
+        observers: Vec<Box<dyn Observer>>,
+    ) -> (Self, Handle) {
+        let last =
+            earlier.iter().filter_map(|record| u64::from_str_radix(&record.operation.id, 16).ok());
+        let ids = Arc::new(AtomicU64::new(last.max().unwrap_or(0)));
+        let operations = earlier.iter().map(|record| &record.operation);
+        let operations =
+            operations.map(|known| (known.id.clone(), Arc::new(known.clone()))).collect();
+        let book = Book::new(config.bounds(), earlier, &timestamp());
+        let (view, seen) = watch::channel(Arc::new(View { operations, is_closing: false }));
+        let (sender, commands) = mpsc::channel(MAILBOX);
+        let (teller, told) = mpsc::channel(MAILBOX);
+        let handle = Handle {
+            config: Arc::clone(&config),
+            vms: vms.clone(),
+            commands: sender,
+            view: seen,
+            ids,
+        };
+        let supervisor = Self {
+            config,
+            vms,
+            book,
+            journal: Arc::new(journal),
+            observers,
+            view,
+            commands,
+            teller,
+            told,
+            processes: HashMap::new(),
+        };
+        (supervisor, handle)
+    }
+
+    /// Until it was told to close and nothing runs any more.
+    pub async fn run(mut self) {
+        // These were running when an earlier daemon ended.
+        for id in self.book.changes() {
+            self.clear(id);
+        }
+        self.publish().await;
+        while !self.book.is_closed() {
+            while let Some(action) = self.book.select() {
+                self.apply(action).await;
+            }
+            // News first: they free what commands wait for.
+            tokio::select! {
+                biased;
+                Some((id, told)) = self.told.recv() => self.note(&id, told).await,
+                Some(command) = self.commands.recv() => self.obey(command).await,
+                else => return,
+            }
+            self.publish().await;
+        }
+    }
+
+    /// Does what the book has selected.
+    async fn apply(&mut self, action: Action) {
+        match action {
+            Action::Start(id) => self.start(&id),
+            Action::Terminate(id) => {
+                self.book.told(&id);
+                if let Some(process) = self.processes.get(&id) {
+                    // One that has just ended takes none.
+                    let _ = process.try_send(Order::Terminate);
+                }
+            }
+            Action::Forget(id) => {
+                // It is one that has ended.
+                let _ = self.book.forget(&id);
+            }
+        }
+        self.publish().await;
+    }
+
+    fn start(&mut self, id: &str) {
+        let now = timestamp();
+        self.book.start(id, &now);
+        let Some(record) = self.book.get(id) else { return };
+        let vm = &record.operation.vm;
+        // It may have been taken up by an earlier daemon, by another configuration.
+        let task = self.place(&record.operation).map_err(SubmitError::from).and_then(|place| {
+            let unknown = || SubmitError::UnknownVm { vm: vm.clone() };
+            Ok(Task {
+                id: id.into(),
+                vm: self.vms.get(vm).ok_or_else(unknown)?,
+                place,
+                policy: record.operation.policy.clone(),
+                runtime_dir: self.config.runtime_dir.clone(),
+            })
+        });
+        match task {
+            Ok(task) => {
+                let (orders, inbox) = mpsc::channel(ORDERS);
+                self.processes.insert(id.into(), orders);
+                tokio::spawn(child::run(task, inbox, self.teller.clone()));
+            }
+            Err(error) => {
+                let reason = match error {
+                    SubmitError::Destination(_) => Reason::BadDestination,
+                    _ => Reason::BadArgument,
+                };
+                self.book.end(id, child::without(reason, error.to_string()), &now);
+            }
+        }
+    }
+
+    async fn note(&mut self, id: &str, told: Told) {
+        match told {
+            Told::Forecast(forecast) => self.book.note_forecast(id, forecast),
+            Told::Progress(state, progress) => self.book.note_progress(id, state, *progress),
+            Told::Changed(Change { policy, answer }, changed) => {
+                if changed.is_ok() {
+                    self.book.note_policy(id, &policy);
+                    // Whoever is answered shall see it.
+                    self.publish().await;
+                }
+                // It may have given up waiting.
+                let _ = answer.send(changed);
+            }
+            Told::Ended(ended) => {
+                self.processes.remove(id);
+                if matches!(ended, Ended::Without { result: None, .. }) {
+                    self.clear(id);
+                }
+                self.book.end(id, ended, &timestamp());
+            }
+        }
+    }
+
+    /// Where a snapshot shall lie.
+    fn place(&self, operation: &Operation) -> Result<Place, DestinationError> {
+        let Operation { destination, vm, id, .. } = operation;
+        Place::new(&self.config.destinations, Some(destination), vm, id)
+    }
+
+    /// Has removed what a process may have left that could not end by itself.
+    fn clear(&self, id: &str) {
+        let Some(record) = self.book.get(id) else { return };
+        let place = self.place(&record.operation);
+        let runtime_dir = self.config.runtime_dir.clone();
+        spawn_blocking(move || {
+            repair(&runtime_dir);
+            if let Ok(place) = place {
+                place.clear();
+            }
+        });
+    }
+
+    async fn obey(&mut self, command: Command) {
+        // Whoever does not wait for the answer any more need not have it.
+        match command {
+            Command::Submit { id, request, destination, key, reply } => {
+                let answer = self.submit(&id, &request, &destination, key.as_deref()).await;
+                let _ = reply.send(answer);
+            }
+            Command::Abort { id, reply } => {
+                let is_known = self.book.abort(&id, &timestamp());
+                self.publish().await;
+                let operation = is_known.then(|| self.operation(&id)).flatten();
+                let _ = reply.send(operation);
+            }
+            Command::Forget { id, reply } => {
+                let forgotten = self.book.forget(&id);
+                self.publish().await;
+                let _ = reply.send(forgotten);
+            }
+            Command::Change { id, change, reply } => {
+                let taken = self.change(&id, change).await;
+                let _ = reply.send(taken);
+            }
+            Command::Close(shutdown) => {
+                self.book.close(shutdown);
+                self.view.send_modify(|view| Arc::make_mut(view).is_closing = true);
+            }
+        }
+    }
+
+    /// Changes the limits of what waits, or asks the process of what runs to do so.
+    async fn change(&mut self, id: &str, change: Change) -> Result<(), ChangeError> {
+        let state = self.book.get(id).ok_or(ChangeError::Unknown)?.operation.state;
+        let ended = || ChangeError::Ended { id: id.into() };
+        if state == State::Queued {
+            self.book.note_policy(id, &change.policy);
+            self.publish().await;
+            let _ = change.answer.send(Ok(()));
+            return Ok(());
+        }
+        if state == State::Aborting {
+            return Err(ended());
+        }
+        let process = self.processes.get(id).ok_or_else(ended)?;
+        process.try_send(Order::Change(change)).map_err(|_| ChangeError::Refused {
+            detail: "the snapshot's process is busy with other changes: ask again".into(),
+        })
+    }
+
+    async fn submit(
+        &mut self,
+        id: &str,
+        request: &Request,
+        destination: &str,
+        key: Option<&str>,
+    ) -> Result<Arc<Operation>, SubmitError> {
+        let now = timestamp();
+        let known = self.book.submit(id, request, destination, key, &now)?.id.clone();
+        // Whoever is told that it was taken up may rely on that.
+        if known == id
+            && let Some(error) = self.publish().await
+        {
+            self.book.withdraw(id);
+            return Err(error.into());
+        }
+        Ok(self.operation(&known).ok_or(Gone)?)
+    }
+
+    fn operation(&self, id: &str) -> Option<Arc<Operation>> {
+        self.view.borrow().operations.get(id).cloned()
+    }
+
+    /// Shows every change to readers and observers, and keeps what has to survive. Returns why the last one was not kept.
+    async fn publish(&mut self) -> Option<JournalError> {
+        let mut problem = None;
+        for id in self.book.take_changes() {
+            let record = self.book.get(&id);
+            let before = self.operation(&id);
+            let now = record.map(|record| Arc::new(record.operation.clone()));
+            let journal = Arc::clone(&self.journal);
+            let kept = match record {
+                Some(record) if !is_worth_keeping(before.as_deref(), &record.operation) => {
+                    Ok(Ok(()))
+                }
+                Some(record) => {
+                    let record = record.clone();
+                    spawn_blocking(move || journal.write(&record)).await
+                }
+                None => {
+                    let id = id.clone();
+                    spawn_blocking(move || journal.remove(&id)).await
+                }
+            };
+            if let Err(error) = kept.unwrap_or_else(|error| Err(self.journal.interrupted(error))) {
+                tracing::error!(operation = id, %error, "not kept");
+                problem = Some(error);
+            }
+            for observer in &mut self.observers {
+                observer.changed(before.as_deref(), now.as_deref());
+            }
+            self.view.send_modify(|view| {
+                let operations = &mut Arc::make_mut(view).operations;
+                match now {
+                    Some(now) => operations.insert(id, now),
+                    None => operations.remove(&id),
+                };
+            });
+        }
+        problem
+    }
+}
+
+/// Whether a restart must know of it: that it was asked for, that it runs, how it ended, and
+/// its limits. How far it is need not survive.
+fn is_worth_keeping(before: Option<&Operation>, now: &Operation) -> bool {
+    let stage = |state: State| (state.is_running(), state.is_final());
+    before
+        .is_none_or(|before| stage(before.state) != stage(now.state) || before.policy != now.policy)
+}
+
+/// Puts back what livesnaps that were killed had changed.
+pub fn repair(runtime_dir: &Path) {
+    for leftover in actuator::repair(runtime_dir) {
+        let repaired = actuator::in_words(&leftover);
+        tracing::warn!(repaired);
+    }
+}
+
+/// Now (RFC 3339).
+pub fn timestamp() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}

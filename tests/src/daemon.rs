@@ -1,0 +1,239 @@
+//! Runs `livesnap serve` and talks to it as its clients do: by HTTP over its Unix socket, in a few lines of our own.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::qemu::Qemu;
+use crate::{livesnap, poll_until};
+
+/// A daemon that says nothing for so long hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// An answer to a request.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    headers: Vec<(String, String)>,
+    /// Its body; null if there is none.
+    pub body: Value,
+}
+
+impl Answer {
+    /// A header, by its name in small letters.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut headers = self.headers.iter();
+        headers.find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Reads an answer to its end.
+    fn read(mut stream: impl Read) -> Result<Self> {
+        let mut bytes = Vec::new();
+        match stream.read_to_end(&mut bytes) {
+            // A daemon that answers before it has read all of a request resets the connection behind its answer.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset && !bytes.is_empty() => {}
+            read => drop(read.context("cannot read the answer")?),
+        }
+        let text = String::from_utf8(bytes).context("the answer is no text")?;
+        let (head, body) =
+            text.split_once("\r\n\r\n").context("the answer has no end of headers")?;
+        let mut lines = head.lines();
+        let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
+        let header = |line: &str| {
+            let (name, value) = line.split_once(':')?;
+            Some((name.to_lowercase(), value.trim().to_owned()))
+        };
+        Ok(Self {
+            status: status.with_context(|| format!("no status in {head:?}"))?,
+            headers: lines.filter_map(header).collect(),
+            body: match body {
+                "" => Value::Null,
+                body => serde_json::from_str(body).unwrap_or_else(|_| body.into()),
+            },
+        })
+    }
+}
+
+/// A daemon at work; killed when dropped. What it logs goes to `log` in its directory.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Daemon {
+    /// Writes a configuration into `dir` that serves `vms`, each with its name, and says `more`; snapshots go to
+    /// `dir/snapshots`.
+    pub fn configure(dir: &Path, vms: &[(&str, &Qemu)], more: &str) -> Result<()> {
+        let path = |name: &str| dir.join(name).display().to_string();
+        let snapshots = path("snapshots");
+        fs::create_dir_all(&snapshots).context("cannot make the directory of snapshots")?;
+        let mut text = format!(
+            "socket = {:?}\nstate_dir = {:?}\nruntime_dir = {:?}\ndestinations = [{snapshots:?}]\n{more}\n",
+            path("sock"),
+            path("state"),
+            path("run"),
+        );
+        for (name, qemu) in vms {
+            text.push_str(&format!("[[vm]]\nname = {name:?}\nqmp = {:?}\n", qemu.qmp_socket()));
+        }
+        fs::write(dir.join("config.toml"), text).context("cannot write the configuration")
+    }
+
+    /// Starts it as configured in `dir`, and waits until it is ready.
+    pub fn start(dir: &Path) -> Result<Self> {
+        let mut daemon = Self { child: Self::command(dir)?.spawn()?, dir: dir.into() };
+        poll_until("the daemon is ready", LIMIT, || {
+            if let Some(status) = daemon.child.try_wait().context("cannot wait for the daemon")? {
+                bail!("the daemon has ended with {status}; it logged:\n{}", daemon.log());
+            }
+            Ok(daemon.get("/readyz").ok().filter(|answer| answer.status == 200))
+        })?;
+        Ok(daemon)
+    }
+
+    /// The command that starts it.
+    pub fn command(dir: &Path) -> Result<Command> {
+        let log = File::options().create(true).append(true).open(dir.join("log"));
+        let mut command = livesnap::command(["serve", "--config"])?;
+        command.arg(dir.join("config.toml")).env("NO_COLOR", "1");
+        command.stderr(log.context("cannot create the daemon's log")?);
+        Ok(command)
+    }
+
+    /// What it and those before it have logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("sock")
+    }
+
+    /// Sends a request, and returns the connection to read the answer from.
+    pub fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Result<UnixStream> {
+        let mut stream = UnixStream::connect(self.socket()).context("cannot connect")?;
+        stream.set_read_timeout(Some(LIMIT)).context("cannot limit the time to read")?;
+        let mut text =
+            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
+        for (name, value) in headers {
+            text.push_str(&format!("{name}: {value}\r\n"));
+        }
+        text.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+        stream.write_all(text.as_bytes()).context("cannot send the request")?;
+        Ok(stream)
+    }
+
+    /// Asks.
+    pub fn get(&self, path: &str) -> Result<Answer> {
+        Answer::read(self.send("GET", path, &[], "")?)
+    }
+
+    /// Asks with headers.
+    pub fn get_with(&self, path: &str, headers: &[(&str, &str)]) -> Result<Answer> {
+        Answer::read(self.send("GET", path, headers, "")?)
+    }
+
+    /// Sends JSON.
+    pub fn post(&self, path: &str, headers: &[(&str, &str)], body: &Value) -> Result<Answer> {
+        let headers = [&[("Content-Type", "application/json")], headers].concat();
+        Answer::read(self.send("POST", path, &headers, &body.to_string())?)
+    }
+
+    /// Sends anything.
+    pub fn call(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Result<Answer> {
+        Answer::read(self.send(method, path, headers, body)?)
+    }
+
+    /// Follows an operation, by its path: each event's id and data, until there are no more.
+    pub fn follow(&self, path: &str) -> Result<impl Iterator<Item = (u64, Value)> + use<>> {
+        let stream = self.send("GET", &format!("{path}/events"), &[], "")?;
+        let mut lines = BufReader::new(stream).lines().map_while(std::result::Result::ok);
+        let mut id = None;
+        Ok(std::iter::from_fn(move || {
+            // Lines between them are lengths of chunks, and comments that keep the connection alive.
+            lines.find_map(|line| {
+                if let Some(number) = line.strip_prefix("id: ") {
+                    id = number.parse().ok();
+                }
+                Some((id?, serde_json::from_str(line.strip_prefix("data: ")?).ok()?))
+            })
+        }))
+    }
+
+    /// Waits until an operation, by its path, fulfils `wanted`, and returns it. Fails if it has ended otherwise.
+    pub fn wait_operation(&self, path: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        poll_until("the operation is as expected", LIMIT, || {
+            let answer = self.get(path)?;
+            ensure!(answer.status == 200, "{answer:?}");
+            let operation = answer.body;
+            if wanted(&operation) {
+                return Ok(Some(operation));
+            }
+            ensure!(operation["ended_at"].is_null(), "it has ended: {operation:#}");
+            Ok(None)
+        })
+        .with_context(|| format!("the daemon logged:\n{}", self.log()))
+    }
+
+    /// The same until it is in `state`.
+    pub fn wait_state(&self, path: &str, state: &str) -> Result<Value> {
+        self.wait_operation(path, |operation| operation["state"] == state)
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        kill_process(pid.context("no process id")?, signal).context("cannot signal the daemon")
+    }
+
+    /// The processes that it has started.
+    pub fn children(&self) -> Result<Vec<Pid>> {
+        let pid = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+            .context("cannot list the daemon's children")?;
+        Ok(children.split(' ').filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
+    }
+
+    /// Sends a signal and waits for its end.
+    pub fn end(mut self, signal: Signal) -> Result<ExitStatus> {
+        self.signal(signal)?;
+        self.wait()
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        poll_until("the daemon ends", LIMIT, || {
+            self.child.try_wait().context("cannot wait for the daemon")
+        })
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
