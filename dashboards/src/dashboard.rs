@@ -104,6 +104,8 @@ impl Annotation {
             "enable": true,
             "hide": false,
             "iconColor": self.colour,
+            // Where Grafana looks for the query since its version 10, and where it did before.
+            "target": {"refId": "Anno", "expr": self.expr},
             "expr": self.expr,
             "titleFormat": self.name,
             "textFormat": self.text,

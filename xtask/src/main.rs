@@ -10,6 +10,7 @@ mod bpf;
 mod check;
 mod kernel;
 mod package;
+mod schema;
 mod setup;
 mod step;
 mod unpack;
@@ -40,7 +41,8 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
           --control: what the controller makes of slow destinations
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   sim     judge the control core on simulated guests and disks; --seeds N, --seed K
-  dashboards  write dashboards/ and docs/runbooks from the crate livesnap-dashboards
+  dashboards  write dashboards/ and docs/runbooks from the crate livesnap-dashboards;
+          --types: hold the dashboards against Grafana's types, for which npm must be there
   help    this text
 
 Every command but sim, dashboards and help begins with setup, which does nothing on a machine that has all.
@@ -64,6 +66,7 @@ fn main() -> Result<()> {
         "bench" if rest == ["--probes"] => bench_probes(),
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
         "sim" => simulate(&rest),
+        "dashboards" if rest == ["--types"] => schema::check(),
         "dashboards" => step::run("dashboards", cargo(["run", "--package", "livesnap-dashboards"])),
         "help" | "--help" | "-h" => {
             eprint!("{HELP}");
