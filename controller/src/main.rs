@@ -23,6 +23,7 @@ mod progress;
 mod scheduling;
 mod units;
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -61,7 +62,10 @@ fn log(command: &Command) {
     };
     let default = if format.is_some() { "livesnap=info" } else { "" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     match format {
         Some(LogFormat::Json) => log.json().init(),
         Some(LogFormat::Text) | None => log.init(),
