@@ -137,6 +137,11 @@ impl Browser {
         Ok(())
     }
 
+    /// Types text.
+    pub fn write(&mut self, text: &str) -> Result<()> {
+        self.call("Input.insertText", json!({"text": text})).map(drop)
+    }
+
     /// Makes the page believe that its user prefers "light" or "dark".
     pub fn prefer(&mut self, scheme: &str) -> Result<()> {
         let features = json!([{"name": "prefers-color-scheme", "value": scheme}]);

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -117,6 +118,24 @@ impl Daemon {
     /// Its socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("sock")
+    }
+
+    /// Where it listens on TCP, as it has logged.
+    pub fn tcp(&self) -> Result<SocketAddr> {
+        poll_until("the daemon listens on TCP", LIMIT, || {
+            let log = self.log();
+            let address = log.rsplit_once("by TCP address=");
+            Ok(address.and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok()))
+        })
+    }
+
+    /// Sends a request there, of which `head` is all up to the empty line.
+    pub fn call_tcp(&self, head: &str) -> Result<Answer> {
+        let mut stream = TcpStream::connect(self.tcp()?).context("cannot connect")?;
+        stream.set_read_timeout(Some(LIMIT)).context("cannot limit the time to read")?;
+        let text = format!("{head}\r\nConnection: close\r\n\r\n");
+        stream.write_all(text.as_bytes()).context("cannot send the request")?;
+        Answer::read(stream)
     }
 
     /// Sends a request, and returns the connection to read the answer from.

@@ -2,6 +2,7 @@
 //! how much is allowed. Only read at start.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
@@ -31,6 +32,8 @@ pub struct Config {
     pub shutdown: Shutdown,
     /// What clients may take.
     pub http: HttpLimits,
+    /// Where browsers reach the daemon, if they do.
+    pub tcp: Option<Tcp>,
     /// Where QMP sockets of further virtual machines are looked for.
     pub discover: Vec<Pattern>,
     /// Seconds after which virtual machines are looked for, and at, again.
@@ -55,6 +58,16 @@ pub struct HttpLimits {
     pub wait_seconds_max: u64,
 }
 
+/// Where the daemon also listens, for browsers and for clients that cannot use its Unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tcp {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// A file with the token that callers must send.
+    pub token_file: Option<PathBuf>,
+}
+
 /// One virtual machine.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -77,6 +90,7 @@ impl Default for Config {
             remembered_max: 1000,
             shutdown: Shutdown::Abort,
             http: HttpLimits::default(),
+            tcp: None,
             discover: Vec::new(),
             look_seconds: 30,
             vm: Vec::new(),
@@ -133,6 +147,14 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
+    /// Whoever reaches the host could take snapshots.
+    #[error(
+        "tcp.listen is {address}, which other hosts reach: name a loopback address such as 127.0.0.1:9464"
+    )]
+    NotLoopback {
+        /// The address.
+        address: SocketAddr,
+    },
     /// Nothing could ever be done.
     #[error("{key} is {value}, so nothing could ever be done: allow at least {least}")]
     TooLittle {
@@ -186,9 +208,16 @@ impl Config {
                 return Err(ConfigError::Twice { name: vm.name.clone() });
             }
         }
+        if let Some(&Tcp { listen: address, .. }) = self.tcp.as_ref()
+            && !address.ip().is_loopback()
+        {
+            return Err(ConfigError::NotLoopback { address });
+        }
         let own = [&self.socket, &self.state_dir, &self.runtime_dir];
         let sockets = self.vm.iter().map(|vm| &vm.qmp);
-        match self.destinations.iter().chain(own).chain(sockets).find(|path| !is_plain(path)) {
+        let token = self.tcp.iter().filter_map(|tcp| tcp.token_file.as_ref());
+        let mut paths = self.destinations.iter().chain(own).chain(sockets).chain(token);
+        match paths.find(|path| !is_plain(path)) {
             Some(path) => Err(ConfigError::Path { path: path.clone() }),
             None => Ok(()),
         }
@@ -238,11 +267,13 @@ mod tests {
                 error.split_once("expected one of").or(error.split_once("expected")).unwrap();
             known.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>()
         };
-        for table in ["", "[http]", "[[vm]]"] {
+        for table in ["", "[http]", "[tcp]", "[[vm]]"] {
             let keys = keys_of(table);
             assert!(keys.len() >= 2, "{table}: {keys:?}");
             for key in keys {
                 let stands = EXAMPLE.lines().any(|line| {
+                    // What is off by default is a remark.
+                    let line = line.strip_prefix("# ").unwrap_or(line);
                     line.strip_prefix(&key).is_some_and(|rest| rest.starts_with(" = "))
                         || line == format!("[{key}]")
                         || line == format!("[[{key}]]")
@@ -261,6 +292,12 @@ mod tests {
             ("discover = ['/run/qmp']", "one '*'"),
             ("shutdown = 'now'", "unknown variant"),
             ("socket = 'here'", "absolute"),
+            ("tcp.listen = '9464'", "socket address"),
+            ("tcp.listen = '0.0.0.0:9464'", "loopback"),
+            ("tcp.listen = '[::]:9464'", "loopback"),
+            ("tcp.listen = '192.0.2.1:9464'", "loopback"),
+            ("tcp.token_file = '/a'", "listen"),
+            ("tcp.listen = '[::1]:9464'\ntcp.token_file = 'a'", "absolute"),
             ("destinations = ['/backup/../etc']", "absolute"),
             ("[[vm]]\nname = '../a'\nqmp = '/a'", "name"),
             ("[[vm]]\nname = 'a'\nqmp = '/a'\n[[vm]]\nname = 'a'\nqmp = '/b'", "two"),

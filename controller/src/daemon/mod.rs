@@ -39,7 +39,10 @@ pub use config::Config;
 #[cfg(test)]
 pub use http::problem;
 
+use futures_util::FutureExt as _;
 use http::Api;
+use http::gate::{Gate, TokenError};
+use http::listen::{self, ListenError};
 use journal::{Journal, JournalError};
 use operation::Operation;
 use supervisor::{Handle, Observer, Supervisor};
@@ -59,9 +62,12 @@ pub enum DaemonError {
         /// Why.
         source: io::Error,
     },
-    /// The socket.
+    /// A socket.
     #[error(transparent)]
-    Listen(#[from] http::listen::ListenError),
+    Listen(#[from] ListenError),
+    /// The token of those who come by TCP.
+    #[error(transparent)]
+    Token(#[from] TokenError),
     /// The operating system.
     #[error("cannot {what}: {source}")]
     System {
@@ -93,7 +99,11 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     for error in damaged {
         tracing::warn!(%error, "left out");
     }
-    let socket = http::listen::Socket::bind(&config.socket)?;
+    let socket = listen::Socket::bind(&config.socket)?;
+    let tcp = match &config.tcp {
+        Some(tcp) => Some((Gate::new(tcp)?, listen::bind_tcp(tcp.listen).await?)),
+        None => None,
+    };
     let observers: Vec<Box<dyn Observer>> = vec![Box::new(Log)];
     let vms = Vms::new(&config);
     let (supervisor, handle) =
@@ -109,7 +119,16 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
             tracing::error!(%error, "the supervisor has failed");
         }
     };
-    http::listen::serve(&socket, router, &config.http, ended).await;
+    let ended = ended.shared();
+    let by_tcp = async {
+        let Some((gate, listener)) = tcp else { return };
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!(%address, "serving by TCP");
+        }
+        listen::serve(&listener, gate.guard(router.clone()), &config.http, ended.clone()).await;
+    };
+    let by_socket = listen::serve(&socket, router.clone(), &config.http, ended.clone());
+    tokio::join!(by_socket, by_tcp);
     tracing::info!("ended");
     Ok(())
 }

@@ -1,7 +1,8 @@
-//! The Unix socket, connections, and what each of them may take.
+//! The sockets that are listened on, connections, and what each of them may take.
 
 use std::fs::{self, Permissions};
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +13,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
@@ -48,6 +50,26 @@ pub enum ListenError {
         /// Why.
         source: io::Error,
     },
+    /// The operating system, of TCP.
+    #[error("cannot listen on {address}: {source}: name another address in tcp.listen")]
+    BindTcp {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Where connections come from.
+pub trait Listener {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next one.
+    ///
+    /// # Errors
+    /// If the operating system has none for us.
+    async fn accept(&self) -> io::Result<Self::Stream>;
 }
 
 /// A Unix socket that is listened on; removed when dropped.
@@ -90,6 +112,33 @@ impl Socket {
     }
 }
 
+impl Listener for Socket {
+    type Stream = UnixStream;
+
+    async fn accept(&self) -> io::Result<UnixStream> {
+        Ok(self.listener.accept().await?.0)
+    }
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> io::Result<TcpStream> {
+        let (stream, _) = Self::accept(self).await?;
+        // Events are small, and are waited for.
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+}
+
+/// Listens on a TCP address.
+///
+/// # Errors
+/// If another process does, or the operating system refuses.
+pub async fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
+    TcpListener::bind(address).await.map_err(|source| ListenError::BindTcp { address, source })
+}
+
 impl Drop for Socket {
     fn drop(&mut self) {
         // One that stays is replaced by the next daemon.
@@ -97,9 +146,10 @@ impl Drop for Socket {
     }
 }
 
-/// Serves until `ended`, and then what is under way for a moment.
+/// Serves until `ended`, and then what is under way for a moment. Each listener has connections of its own: those of one
+/// cannot take those of another.
 pub async fn serve(
-    socket: &Socket,
+    listener: &impl Listener,
     router: Router,
     limits: &HttpLimits,
     ended: impl Future<Output = ()>,
@@ -112,12 +162,11 @@ pub async fn serve(
     let graceful = GracefulShutdown::new();
     let accept = async || {
         let room = Arc::clone(&connections).acquire_owned().await.map_err(io::Error::other)?;
-        let (stream, _) = socket.listener.accept().await?;
-        Ok::<_, io::Error>((stream, room))
+        Ok::<_, io::Error>((listener.accept().await?, room))
     };
     let mut ended = std::pin::pin!(ended);
     loop {
-        let (stream, room): (UnixStream, _) = tokio::select! {
+        let (stream, room) = tokio::select! {
             accepted = accept() => match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {

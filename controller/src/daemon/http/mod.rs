@@ -1,7 +1,9 @@
 //! The API over HTTP.
 //!
 //! ```text
-//! listen    the socket, connections and their limits
+//! listen    sockets, connections and their limits
+//! gate      who is let in over TCP
+//! page      the live page
 //! routes    what each call does
 //! request   what is read of a request
 //! events    operations as they change
@@ -11,7 +13,9 @@
 //! Reading calls look at the supervisor's view and never disturb it; only calls that change something go through it.
 
 mod events;
+pub mod gate;
 pub mod listen;
+mod page;
 pub mod problem;
 mod request;
 mod routes;
@@ -20,6 +24,9 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::http::{HeaderValue, header};
+use axum::middleware::map_response;
+use axum::response::Response;
 use utoipa::OpenApi as _;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -68,6 +75,7 @@ pub fn router(api: Api) -> Router {
     let (router, document) = described().split_for_parts();
     let document = axum::Json(document);
     router
+        .merge(page::router())
         .route("/openapi.json", axum::routing::get(async move || document.clone()))
         .fallback(async || {
             Problem::new(
@@ -82,5 +90,14 @@ pub fn router(api: Api) -> Router {
             )
         })
         .layer(DefaultBodyLimit::max(body_bytes_max))
+        .layer(map_response(hardened))
         .with_state(api)
+}
+
+/// What a browser must not make of an answer: anything but what it says to be, or a part of another site's page.
+async fn hardened(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert("cross-origin-resource-policy", HeaderValue::from_static("same-origin"));
+    response
 }

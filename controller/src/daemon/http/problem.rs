@@ -25,7 +25,6 @@ macro_rules! words {
             pub const ALL: &'static [Self] = &[$(Self::$name,)+];
 
             /// The word itself.
-            #[cfg(test)]
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $word,)+ }
             }
@@ -53,6 +52,12 @@ words! {
     UnknownVm = "unknown_vm", NOT_FOUND;
     /// There is no operation of that id, or it was forgotten.
     UnknownOperation = "unknown_operation", NOT_FOUND;
+    /// The header Host does not name this daemon.
+    UnknownHost = "unknown_host", MISDIRECTED_REQUEST;
+    /// A page of another site asks for a change.
+    ForeignOrigin = "foreign_origin", FORBIDDEN;
+    /// The token is missing or wrong.
+    Unauthorized = "unauthorized", UNAUTHORIZED;
     /// There is nothing at that path.
     NotFound = "not_found", NOT_FOUND;
     /// The path does not take that method.
@@ -113,6 +118,11 @@ impl Problem {
             detail: detail.into(),
             operation: None,
         }
+    }
+
+    /// The stable word.
+    pub const fn reason(&self) -> Word {
+        self.reason
     }
 
     /// There is no such operation.
@@ -187,6 +197,9 @@ impl IntoResponse for Problem {
         headers.insert(header::CONTENT_TYPE, kind);
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if let Some(link) = link {
             headers.insert(header::LINK, link);
