@@ -63,6 +63,11 @@ impl Answer {
     }
 }
 
+/// A series of `metrics`, by its name and labels as they are written; nothing if it is not there.
+pub fn series(metrics: &str, name: &str) -> Option<f64> {
+    metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+}
+
 /// A daemon at work; killed when dropped. What it logs goes to `log` in its directory.
 #[derive(Debug)]
 pub struct Daemon {
@@ -122,20 +127,20 @@ impl Daemon {
 
     /// Where it listens on TCP, as it has logged.
     pub fn tcp(&self) -> Result<SocketAddr> {
+        self.logged_address("by TCP")
+    }
+
+    fn logged_address(&self, words: &str) -> Result<SocketAddr> {
         poll_until("the daemon listens on TCP", LIMIT, || {
             let log = self.log();
-            let address = log.rsplit_once("by TCP address=");
+            let address = log.rsplit_once(&format!("{words} address="));
             Ok(address.and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok()))
         })
     }
 
     /// Sends a request there, of which `head` is all up to the empty line.
     pub fn call_tcp(&self, head: &str) -> Result<Answer> {
-        let mut stream = TcpStream::connect(self.tcp()?).context("cannot connect")?;
-        stream.set_read_timeout(Some(LIMIT)).context("cannot limit the time to read")?;
-        let text = format!("{head}\r\nConnection: close\r\n\r\n");
-        stream.write_all(text.as_bytes()).context("cannot send the request")?;
-        Answer::read(stream)
+        call_at(self.tcp()?, head)
     }
 
     /// Sends a request, and returns the connection to read the answer from.
@@ -166,6 +171,19 @@ impl Daemon {
     /// Asks with headers.
     pub fn get_with(&self, path: &str, headers: &[(&str, &str)]) -> Result<Answer> {
         Answer::read(self.send("GET", path, headers, "")?)
+    }
+
+    /// All metrics.
+    pub fn metrics(&self) -> Result<String> {
+        let answer = self.get("/metrics")?;
+        ensure!(answer.status == 200, "{answer:?}");
+        Ok(answer.body.as_str().context("metrics are no text")?.to_owned())
+    }
+
+    /// Asks where it serves metrics over TCP.
+    pub fn get_by_tcp(&self, path: &str) -> Result<Answer> {
+        let address = self.logged_address("serving metrics")?;
+        call_at(address, &format!("GET {path} HTTP/1.1\r\nHost: {address}"))
     }
 
     /// Sends JSON.
@@ -247,6 +265,14 @@ impl Daemon {
             self.child.try_wait().context("cannot wait for the daemon")
         })
     }
+}
+
+fn call_at(address: SocketAddr, head: &str) -> Result<Answer> {
+    let mut stream = TcpStream::connect(address).context("cannot connect")?;
+    stream.set_read_timeout(Some(LIMIT)).context("cannot limit the time to read")?;
+    let text = format!("{head}\r\nConnection: close\r\n\r\n");
+    stream.write_all(text.as_bytes()).context("cannot send the request")?;
+    Answer::read(stream)
 }
 
 impl Drop for Daemon {

@@ -238,6 +238,26 @@ impl Vcpu {
     }
 }
 
+/// The share of a CPU that a quota of livesnap's withholds from a thread now, whoever put it there: 0 without one. Of the
+/// quotas of others, who may want them, ours are told by their period.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn withheld_ratio(thread: Pid) -> Result<f64, CgroupError> {
+    let group = Group::of_thread(thread.as_raw_nonzero().get())?;
+    // The root of the hierarchy has no quota, and is nobody's own.
+    if group.threads()? != [thread.as_raw_nonzero().get()] {
+        return Ok(0.0);
+    }
+    Ok(withheld_by(group.quota()?))
+}
+
+fn withheld_by(quota: Quota) -> f64 {
+    let is_ours = [PERIOD_US, PERIOD_US_LONG].map(u64::from).contains(&quota.period_us);
+    let left = quota.quota_us.map(|us| number(us) / number(quota.period_us));
+    left.filter(|_| is_ours).map_or(0.0, |left| (1.0 - left).max(0.0))
+}
+
 /// Whether one quota is as good as the other.
 fn is_trifle(in_force: Quota, wanted: Quota) -> bool {
     match (in_force.quota_us, wanted.quota_us) {
@@ -296,6 +316,17 @@ mod tests {
         assert_eq!(quota(0.5, 0.8, half), limited(1_250, 5_000), "of the less of both");
         assert_eq!(quota(1.0, 0.1, FREE), FREE);
         assert_eq!(quota(0.5, 0.0, FREE), limited(1_000, 10_000), "the guest goes on");
+    }
+
+    #[test]
+    fn what_a_quota_withholds_is_told_if_it_is_ours() {
+        for share in [0.1, 0.5, 0.8] {
+            let withheld = withheld_by(quota(share, 1.0, FREE));
+            assert!((withheld - (1.0 - share)).abs() < 1e-9, "{share}: {withheld}");
+        }
+        for others in [FREE, limited(50_000, 100_000), quota(1.0, 1.0, FREE)] {
+            assert_eq!(withheld_by(others), 0.0, "{others:?}");
+        }
     }
 
     #[test]

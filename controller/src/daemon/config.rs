@@ -16,6 +16,8 @@ use super::vms::Pattern;
 pub struct Config {
     /// The Unix socket of the API.
     pub socket: PathBuf,
+    /// Where metrics are served over TCP, besides the socket: an address of this host alone.
+    pub metrics_listen: Option<SocketAddr>,
     /// Where the daemon keeps what has to survive a reboot.
     pub state_dir: PathBuf,
     /// Where it is kept what has to be put back should livesnap be killed.
@@ -82,6 +84,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             socket: "/run/livesnap/livesnap.sock".into(),
+            metrics_listen: None,
             state_dir: "/var/lib/livesnap".into(),
             runtime_dir: "/run/livesnap".into(),
             destinations: vec!["/var/lib/livesnap/snapshots".into()],
@@ -147,11 +150,13 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
-    /// Whoever reaches the host could take snapshots.
+    /// Whoever reaches the host could take snapshots, or read of its virtual machines.
     #[error(
-        "tcp.listen is {address}, which other hosts reach: name a loopback address such as 127.0.0.1:9464"
+        "{key} is {address}, which other hosts reach: name a loopback address such as 127.0.0.1:9464"
     )]
     NotLoopback {
+        /// Which.
+        key: &'static str,
         /// The address.
         address: SocketAddr,
     },
@@ -208,10 +213,15 @@ impl Config {
                 return Err(ConfigError::Twice { name: vm.name.clone() });
             }
         }
-        if let Some(&Tcp { listen: address, .. }) = self.tcp.as_ref()
-            && !address.ip().is_loopback()
-        {
-            return Err(ConfigError::NotLoopback { address });
+        let by_tcp = [
+            ("tcp.listen", self.tcp.as_ref().map(|tcp| tcp.listen)),
+            ("metrics_listen", self.metrics_listen),
+        ];
+        for (key, address) in by_tcp {
+            let Some(address) = address.filter(|address| !address.ip().is_loopback()) else {
+                continue;
+            };
+            return Err(ConfigError::NotLoopback { key, address });
         }
         let own = [&self.socket, &self.state_dir, &self.runtime_dir];
         let sockets = self.vm.iter().map(|vm| &vm.qmp);
@@ -254,7 +264,9 @@ mod tests {
         let config: Config = toml::from_str(EXAMPLE).unwrap();
         config.check().unwrap();
         assert_eq!(config.vm.len(), 1, "the example of a virtual machine");
-        assert_eq!(Config { vm: Vec::new(), ..config }, Config::default());
+        assert!(config.metrics_listen.is_some(), "the example of an address");
+        let defaults = Config { vm: Vec::new(), metrics_listen: None, ..config };
+        assert_eq!(defaults, Config::default());
     }
 
     #[test]
@@ -298,6 +310,9 @@ mod tests {
             ("tcp.listen = '192.0.2.1:9464'", "loopback"),
             ("tcp.token_file = '/a'", "listen"),
             ("tcp.listen = '[::1]:9464'\ntcp.token_file = 'a'", "absolute"),
+            ("metrics_listen = '0.0.0.0:9464'", "loopback"),
+            ("metrics_listen = '[2001:db8::1]:9464'", "loopback"),
+            ("metrics_listen = 'localhost:9464'", "socket address"),
             ("destinations = ['/backup/../etc']", "absolute"),
             ("[[vm]]\nname = '../a'\nqmp = '/a'", "name"),
             ("[[vm]]\nname = 'a'\nqmp = '/a'\n[[vm]]\nname = 'a'\nqmp = '/b'", "two"),

@@ -10,6 +10,7 @@
 //! supervisor    the one task that owns the book
 //! child         the process that takes one snapshot
 //! journal       what of the book survives
+//! metrics       what Prometheus is told
 //! http/         the API: routes, problems, connections
 //! ```
 //!
@@ -22,11 +23,13 @@ mod config;
 mod destination;
 mod http;
 mod journal;
+mod metrics;
 mod operation;
 mod policy;
 mod supervisor;
 mod vms;
 
+use std::future::pending;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,6 +39,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub use book::Shutdown;
 pub use config::Config;
+use config::Tcp;
 #[cfg(test)]
 pub use http::problem;
 
@@ -44,6 +48,7 @@ use http::Api;
 use http::gate::{Gate, TokenError};
 use http::listen::{self, ListenError};
 use journal::{Journal, JournalError};
+use metrics::Metrics;
 use operation::Operation;
 use supervisor::{Handle, Observer, Supervisor};
 use vms::Vms;
@@ -68,6 +73,9 @@ pub enum DaemonError {
     /// The token of those who come by TCP.
     #[error(transparent)]
     Token(#[from] TokenError),
+    /// Metrics.
+    #[error("cannot make the metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
     /// The operating system.
     #[error("cannot {what}: {source}")]
     System {
@@ -104,15 +112,38 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
         Some(tcp) => Some((Gate::new(tcp)?, listen::bind_tcp(tcp.listen).await?)),
         None => None,
     };
-    let observers: Vec<Box<dyn Observer>> = vec![Box::new(Log)];
     let vms = Vms::new(&config);
+    let metrics_tcp = match config.metrics_listen {
+        Some(listen) => {
+            let gate = Gate::new(&Tcp { listen, token_file: None })?;
+            Some((gate, listen::bind_tcp(listen).await?))
+        }
+        None => None,
+    };
+    let known = earlier.iter().map(|record| &record.operation);
+    let metrics = Metrics::new(config.destinations.clone(), known)?;
+    for (name, _) in vms.all() {
+        metrics.register(&name);
+    }
+    let observers: Vec<Box<dyn Observer>> =
+        vec![Box::new(Log), Box::new(metrics.clone()), Box::new(LookAfter(vms.clone()))];
     let (supervisor, handle) =
         Supervisor::new(Arc::clone(&config), vms.clone(), journal, earlier, observers);
     let supervisor = tokio::spawn(supervisor.run());
     let interval = Duration::from_secs(config.look_seconds);
-    tokio::spawn(vms::watch(vms, config.discover.clone(), interval));
+    tokio::spawn(vms::watch(vms, config.discover.clone(), interval, metrics.clone()));
     close_on_signal(handle.clone(), config.shutdown)?;
-    let router = http::router(Api::new(handle, Arc::clone(&config)));
+    if let Some((gate, listener)) = metrics_tcp {
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!(%address, "serving metrics");
+        }
+        let router = gate.guard(http::metrics_router(metrics.clone()));
+        let config = Arc::clone(&config);
+        tokio::spawn(
+            async move { listen::serve(&listener, router, &config.http, pending()).await },
+        );
+    }
+    let router = http::router(Api::new(handle, Arc::clone(&config), metrics));
     tracing::info!(socket = %config.socket.display(), vms = config.vm.len(), "serving");
     let ended = async {
         if let Err(error) = supervisor.await {
@@ -158,6 +189,17 @@ fn close_on_signal(handle: Handle, first: Shutdown) -> Result<(), DaemonError> {
         }
     });
     Ok(())
+}
+
+/// Virtual machines are looked at when a snapshot has ended: what was left in one shall show.
+struct LookAfter(Vms);
+
+impl Observer for LookAfter {
+    fn changed(&mut self, _: Option<&Operation>, now: Option<&Operation>) {
+        if now.is_some_and(|now| now.state.is_final()) {
+            self.0.look_soon();
+        }
+    }
 }
 
 /// A line in the log for each change of state.

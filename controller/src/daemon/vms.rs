@@ -11,18 +11,23 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::process::Pid;
 use serde::Serialize;
 use snapshot_core::Reason;
 use snapshot_core::vmm::RunState;
 use snapshot_core::vmm::qemu::preflight::Survey;
 use snapshot_core::vmm::qemu::{QemuError, QemuOptions, survey};
+use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
-use tokio::time::sleep;
+use tokio::time::timeout;
 use utoipa::ToSchema;
 
 use super::config::{Config, is_name};
+use super::metrics::Metrics;
 use super::operation::OperationError;
 use super::supervisor::timestamp;
+use crate::actuator;
+use crate::units::number;
 
 /// A machine that does not answer for so long is not waited for when it is only looked at.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
@@ -64,6 +69,11 @@ pub struct Seen {
     pub machine: Option<Machine>,
     /// What would refuse a snapshot, and what to do about it.
     pub refusals: Vec<Hindrance>,
+    /// Guest memory under userfaultfd, in bytes. As no snapshot of the daemon's was running, it is another program's, or was
+    /// left behind.
+    pub protected_bytes: u64,
+    /// Share of their CPU time that livesnap's quotas withhold from the virtual CPUs, on an average; the same holds.
+    pub throttle_ratio: f64,
     /// Why it could not be asked.
     pub error: Option<OperationError>,
 }
@@ -113,7 +123,14 @@ pub struct Hindrance {
 
 /// All virtual machines that are known, by name. Clones share them.
 #[derive(Clone, Debug)]
-pub struct Vms(Arc<Mutex<BTreeMap<String, Vm>>>);
+pub struct Vms(Arc<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    vms: Mutex<BTreeMap<String, Vm>>,
+    /// Somebody wants them to be looked at.
+    wanted: Notify,
+}
 
 impl Vms {
     /// Those that the configuration names.
@@ -122,7 +139,7 @@ impl Vms {
             .vm
             .iter()
             .map(|vm| (vm.name.clone(), Vm::new(vm.qmp.clone(), Source::Configured)));
-        Self(Arc::new(Mutex::new(named.collect())))
+        Self(Arc::new(Known { vms: Mutex::new(named.collect()), wanted: Notify::new() }))
     }
 
     /// The one of that name.
@@ -151,6 +168,11 @@ impl Vms {
         }
     }
 
+    /// Has them looked at soon.
+    pub fn look_soon(&self) {
+        self.0.wanted.notify_one();
+    }
+
     fn seen(&self, name: &str, seen: Seen) {
         if let Some(vm) = self.lock().get_mut(name) {
             vm.seen = Some(Arc::new(seen));
@@ -158,7 +180,7 @@ impl Vms {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Vm>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -168,12 +190,15 @@ impl Vm {
     }
 }
 
-/// Looks for machines, and at each of them, again and again.
-pub async fn watch(vms: Vms, patterns: Vec<Pattern>, interval: Duration) {
+/// Looks for machines, and at each of them, again and again, and whenever that is wanted; metrics tell what was seen.
+pub async fn watch(vms: Vms, patterns: Vec<Pattern>, interval: Duration, metrics: Metrics) {
     loop {
         let patterns = patterns.clone();
         if let Ok(sockets) = spawn_blocking(move || find(&patterns)).await {
             vms.found(&sockets);
+        }
+        for (name, _) in vms.all() {
+            metrics.register(&name);
         }
         for (name, vm) in vms.all() {
             // One that is being snapshotted is known to live.
@@ -184,11 +209,19 @@ pub async fn watch(vms: Vms, patterns: Vec<Pattern>, interval: Duration) {
                 seen
             });
             if let Ok(seen) = looked.await {
+                metrics.looked(&name, &seen);
                 vms.seen(&name, seen);
             }
         }
-        sleep(interval).await;
+        // Either is as good.
+        let _ = timeout(interval, vms.0.wanted.notified()).await;
     }
+}
+
+/// Where there is no cpu controller, or a thread has just ended, nothing is withheld.
+fn throttle_ratio(threads: &[Pid]) -> f64 {
+    let ratios = threads.iter().map(|thread| actuator::withheld_ratio(*thread).unwrap_or(0.0));
+    ratios.sum::<f64>() / number(threads.len().max(1) as u64)
 }
 
 fn look(qmp: &Path) -> Seen {
@@ -206,7 +239,15 @@ impl From<Result<Survey, QemuError>> for Seen {
                 let reason = error.reason();
                 let error = Some(OperationError { reason, detail: error.to_string() });
                 let state = VmState::Unreachable;
-                return Self { at, state, machine: None, refusals: Vec::new(), error };
+                return Self {
+                    at,
+                    state,
+                    machine: None,
+                    refusals: Vec::new(),
+                    protected_bytes: 0,
+                    throttle_ratio: 0.0,
+                    error,
+                };
             }
         };
         let machine = Machine {
@@ -217,6 +258,9 @@ impl From<Result<Survey, QemuError>> for Seen {
             memory_bytes: survey.layout.total_bytes(),
             disks: survey.disks.len(),
         };
+        let protected = survey.mappings.iter().filter(|mapping| mapping.has_userfaultfd);
+        let protected_bytes = protected.map(|mapping| mapping.len_bytes).sum();
+        let throttle_ratio = throttle_ratio(&survey.cpu_threads);
         let refusals = survey.refusals.into_iter().map(|refusal| Hindrance {
             reason: refusal.reason,
             what: refusal.what,
@@ -231,6 +275,8 @@ impl From<Result<Survey, QemuError>> for Seen {
             },
             machine: Some(machine),
             refusals: refusals.collect(),
+            protected_bytes,
+            throttle_ratio,
             error: None,
         }
     }

@@ -51,7 +51,7 @@ pub enum ListenError {
         source: io::Error,
     },
     /// The operating system, of TCP.
-    #[error("cannot listen on {address}: {source}: name another address in tcp.listen")]
+    #[error("cannot listen on {address}: {source}: name another address in the configuration")]
     BindTcp {
         /// The address.
         address: SocketAddr,

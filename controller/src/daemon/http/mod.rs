@@ -21,17 +21,19 @@ mod request;
 mod routes;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::http::{HeaderValue, header};
-use axum::middleware::map_response;
+use axum::middleware::{Next, from_fn_with_state, map_response};
 use axum::response::Response;
 use utoipa::OpenApi as _;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::config::Config;
+use super::metrics::Metrics;
 use super::supervisor::Handle;
 use problem::{Problem, Word};
 
@@ -40,12 +42,13 @@ use problem::{Problem, Word};
 pub struct Api {
     handle: Handle,
     config: Arc<Config>,
+    metrics: Metrics,
 }
 
 impl Api {
     /// For the supervisor behind `handle`.
-    pub const fn new(handle: Handle, config: Arc<Config>) -> Self {
-        Self { handle, config }
+    pub const fn new(handle: Handle, config: Arc<Config>, metrics: Metrics) -> Self {
+        Self { handle, config, metrics }
     }
 }
 
@@ -67,6 +70,25 @@ fn described() -> OpenApiRouter<Api> {
         .routes(routes!(routes::vms))
         .routes(routes!(routes::healthz))
         .routes(routes!(routes::readyz))
+        .routes(routes!(routes::metrics))
+}
+
+/// Counts an answer, and how long it took: that of a stream of events never ends by itself.
+async fn count(State(metrics): State<Metrics>, request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let response = next.run(request).await;
+    let route = route.as_ref().map_or("other", MatchedPath::as_str);
+    if !route.ends_with("/events") {
+        metrics.answered(route, response.status().as_u16(), began.elapsed());
+    }
+    response
+}
+
+/// What is served to Prometheus over TCP: metrics, and nothing else.
+pub fn metrics_router(metrics: Metrics) -> Router {
+    let show = async move || routes::show_metrics(metrics.clone()).await;
+    Router::new().route("/metrics", axum::routing::get(show))
 }
 
 /// All that is served.
@@ -91,6 +113,7 @@ pub fn router(api: Api) -> Router {
         })
         .layer(DefaultBodyLimit::max(body_bytes_max))
         .layer(map_response(hardened))
+        .layer(from_fn_with_state(api.metrics.clone(), count))
         .with_state(api)
 }
 

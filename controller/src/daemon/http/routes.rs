@@ -7,12 +7,14 @@ use axum::extract::State as Shared;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
 use utoipa::{IntoParams, ToSchema};
 
 use super::Api;
 use super::problem::{Problem, Word, link};
 use super::request::{Body, Id, Parameters, idempotency_key, is_known, preferred_wait};
 use crate::control_loop::Change;
+use crate::daemon::metrics::Metrics;
 use crate::daemon::operation::{Operation, Request, State};
 use crate::daemon::policy::Policy;
 use crate::daemon::vms::{Seen, Source, Vm};
@@ -20,6 +22,8 @@ use crate::daemon::vms::{Seen, Source, Vm};
 /// Operations in a list, unless fewer are asked for, and at most.
 const PAGE: usize = 50;
 const PAGE_MAX: usize = 500;
+/// Prometheus' text format.
+const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Takes a snapshot.
 ///
@@ -312,6 +316,33 @@ pub async fn readyz(Shared(api): Shared<Api>) -> Result<Json<Health>, Problem> {
         return Err(Problem::new(Word::Closing, "the daemon is ending: ask again when it is back"));
     }
     Ok(Json(Health { status: "ready" }))
+}
+
+/// Tells Prometheus what it counts and measures.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    tag = "host",
+    responses(
+        (status = 200, description = "All series; docs/metrics.md has them", body = String, content_type = "text/plain; version=0.0.4"),
+        (status = "default", description = "They cannot be told", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn metrics(Shared(api): Shared<Api>) -> Result<Response, Problem> {
+    show_metrics(api.metrics).await
+}
+
+/// All series as text.
+///
+/// # Errors
+/// If they do not fit together.
+pub async fn show_metrics(metrics: Metrics) -> Result<Response, Problem> {
+    // It looks at file systems, which may take their time.
+    let text = spawn_blocking(move || metrics.text()).await;
+    let failed = |error: String| Problem::new(Word::Io, format!("cannot tell metrics: {error}"));
+    let text = text.map_err(|error| failed(error.to_string()))?;
+    let text = text.map_err(|error| failed(error.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response())
 }
 
 /// Names what an operation looks like. Its version alone does not: what was not kept may get a number anew.

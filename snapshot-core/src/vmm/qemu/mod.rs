@@ -348,14 +348,7 @@ impl QemuVmm {
     /// # Errors
     /// If QEMU does not answer.
     pub fn cpu_threads(&mut self) -> Result<Vec<Pid>, QemuError> {
-        let cpus = self.execute("query-cpus-fast", json!({}))?;
-        let cpus = cpus.as_array().ok_or_else(|| QmpError::lacks("query-cpus-fast", "list"))?;
-        let thread = |cpu: &Value| Pid::from_raw(i32::try_from(cpu["thread-id"].as_i64()?).ok()?);
-        cpus.iter()
-            .map(|cpu| {
-                thread(cpu).ok_or_else(|| QmpError::lacks("query-cpus-fast", "thread-id").into())
-            })
-            .collect()
+        cpu_threads(&mut self.qmp, self.options.command_timeout)
     }
 
     /// Runs a command that belongs to no pause.
@@ -624,6 +617,18 @@ impl Vmm for QemuVmm {
         self.disks.finish(&mut self.qmp, outcome).map_err(QemuError::from)?;
         Ok(resumed?)
     }
+}
+
+/// The threads that run the virtual CPUs, in the order of the CPUs.
+fn cpu_threads(qmp: &mut Qmp, limit: Duration) -> Result<Vec<Pid>, QemuError> {
+    let cpus = qmp.execute("query-cpus-fast", json!({}), limit)?;
+    let cpus = cpus.as_array().ok_or_else(|| QmpError::lacks("query-cpus-fast", "list"))?;
+    let thread = |cpu: &Value| Pid::from_raw(i32::try_from(cpu["thread-id"].as_i64()?).ok()?);
+    cpus.iter()
+        .map(|cpu| {
+            thread(cpu).ok_or_else(|| QmpError::lacks("query-cpus-fast", "thread-id").into())
+        })
+        .collect()
 }
 
 /// The machine as QEMU and its process describe it.

@@ -105,6 +105,8 @@ pub struct Survey {
     pub machine: MachineDescription,
     /// Whether it runs; nothing if it is in neither state.
     pub run_state: Option<RunState>,
+    /// The threads that run its virtual CPUs, in the order of the CPUs.
+    pub cpu_threads: Vec<Pid>,
     /// Its RAM.
     pub layout: RamLayout,
     /// What backs its RAM.
@@ -133,6 +135,7 @@ pub(super) fn survey(
 ) -> Result<Survey, QemuError> {
     let limit = options.command_timeout;
     let machine = super::describe(qmp, process, limit)?;
+    let cpu_threads = super::cpu_threads(qmp, limit)?;
     let layout = ram_blocks::query(qmp, limit)?;
     // Fails also where the process is not the one behind the socket.
     let mappings = mappings::covering(process.pid, &layout)?;
@@ -157,7 +160,7 @@ pub(super) fn survey(
     refusals.extend(assigned_devices(process));
     let disks = disks(qmp, &machine, options, &mut refusals)?;
     let (pid, run_state) = (process.pid, run_state(status));
-    Ok(Survey { pid, machine, run_state, layout, mappings, disks, refusals })
+    Ok(Survey { pid, machine, run_state, cpu_threads, layout, mappings, disks, refusals })
 }
 
 fn kernel(mappings: &[RamMapping]) -> Option<Refusal> {
