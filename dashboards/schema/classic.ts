@@ -44,7 +44,10 @@ interface Of<Type extends string, Options, Custom>
   options: Plain<Partial<Options>>;
   fieldConfig: {
     defaults: Omit<Plain<FieldConfig>, "custom"> & { custom: Plain<Partial<Custom>> };
-    overrides: [];
+    overrides: {
+      matcher: { id: "byName"; options: string };
+      properties: { id: "color"; value: Plain<FieldConfig["color"]> }[];
+    }[];
   };
   // The package has a dashboard's links only; a panel's have these fields.
   links: { title: string; url: string; targetBlank: boolean }[];

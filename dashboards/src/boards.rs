@@ -43,6 +43,12 @@ const ANNOTATIONS: [Annotation; 3] = [
     },
 ];
 
+/// How snapshots end, and what the controller does: the colours of good and bad, the same in all dashboards.
+const OUTCOME_COLOURS: &[(&str, &str)] =
+    &[("completed", "green"), ("aborted", "orange"), ("failed", "red")];
+const ACTION_COLOURS: &[(&str, &str)] =
+    &[("none", "green"), ("buffer", "blue"), ("throttle", "orange"), ("abort", "red")];
+
 impl Panel {
     /// Adds a query in which `%` stands for the matchers of what is chosen.
     fn ask(self, matchers: &str, expr: &str, legend: &'static str) -> Self {

@@ -20,6 +20,10 @@ pub struct Panel {
     pub queries: Vec<Query>,
     /// Where a value turns orange, and where red; empty where no value is bad.
     pub bad_from: &'static [f64],
+    /// Series that have a colour of their own, by their names.
+    pub colours: &'static [(&'static str, &'static str)],
+    /// Whether its axis is logarithmic.
+    pub is_logarithmic: bool,
     /// Columns of 24.
     pub width: u32,
     /// Rows of 30 pixels.
@@ -99,6 +103,8 @@ impl Panel {
             quantity,
             queries: Vec::new(),
             bad_from: &[],
+            colours: &[],
+            is_logarithmic: false,
             width,
             height,
             runbook: None,
@@ -116,6 +122,20 @@ impl Panel {
     #[must_use]
     pub const fn bad_from(mut self, values: &'static [f64]) -> Self {
         self.bad_from = values;
+        self
+    }
+
+    /// Gives series colours of their own.
+    #[must_use]
+    pub const fn colours(mut self, colours: &'static [(&'static str, &'static str)]) -> Self {
+        self.colours = colours;
+        self
+    }
+
+    /// For what may be a thousand times as much at one time as at another.
+    #[must_use]
+    pub const fn logarithmic(mut self) -> Self {
+        self.is_logarithmic = true;
         self
     }
 
@@ -148,9 +168,13 @@ impl Panel {
             "gridPos": {"x": x, "y": y, "w": self.width, "h": self.height},
             "targets": targets.collect::<Vec<_>>(),
             "links": links.into_iter().collect::<Vec<_>>(),
-            "fieldConfig": {"defaults": self.defaults(), "overrides": []},
+            "fieldConfig": {"defaults": self.defaults(), "overrides": self.overrides()},
             "options": self.options(),
         });
+        if self.shape == Shape::Bars {
+            // Bars that each count what is between them and the last: shorter than the scrapes' range they would overlap.
+            panel["interval"] = json!("1m");
+        }
         if self.shape == Shape::Table {
             let hidden = json!({"Time": true, "instance": true, "job": true});
             panel["transformations"] = json!([{"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": {}}}]);
@@ -196,11 +220,21 @@ impl Panel {
             "thresholds": {"mode": "absolute", "steps": steps},
             "custom": self.custom(),
         });
-        if self.quantity != Quantity::TimestampMs {
+        if self.quantity != Quantity::TimestampMs && !self.is_logarithmic {
             defaults["min"] = json!(0);
+        }
+        // Prometheus extrapolates: of three snapshots it tells 3.01.
+        if self.quantity == Quantity::Number {
+            defaults["decimals"] = json!(0);
         }
         if self.shape == Shape::Dial {
             defaults["max"] = json!(1);
+        }
+        if self.shape == Shape::Figure && self.quantity == Quantity::Truth {
+            defaults["mappings"] = json!([{"type": "value", "options": {
+                "0": {"text": "no", "color": "red", "index": 0},
+                "1": {"text": "yes", "color": "green", "index": 1},
+            }}]);
         }
         if self.shape == Shape::States {
             defaults["mappings"] = json!([{"type": "value", "options": {
@@ -211,9 +245,20 @@ impl Panel {
         defaults
     }
 
+    fn overrides(&self) -> Vec<Value> {
+        let colour = |(name, colour): &(&str, &str)| {
+            json!({
+                "matcher": {"id": "byName", "options": name},
+                "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}],
+            })
+        };
+        self.colours.iter().map(colour).collect()
+    }
+
     fn custom(&self) -> Value {
         match self.shape {
             Shape::Lines => json!({
+                "scaleDistribution": if self.is_logarithmic { json!({"type": "log", "log": 10}) } else { json!({"type": "linear"}) },
                 "drawStyle": "line", "lineWidth": 1, "fillOpacity": 8, "showPoints": "auto", "spanNulls": false,
                 "thresholdsStyle": {"mode": if self.bad_from.is_empty() { "off" } else { "dashed" }},
             }),

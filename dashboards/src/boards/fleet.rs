@@ -1,6 +1,6 @@
 //! Fleet: do all virtual machines have a recent snapshot, and what went wrong where.
 
-use super::{ANNOTATIONS, JOB};
+use super::{ACTION_COLOURS, ANNOTATIONS, JOB, OUTCOME_COLOURS};
 use crate::dashboard::{Row, Variable};
 use crate::lint::Quantity::{Bytes, Number, PerSecond, Ratio, Seconds};
 use crate::panel::Shape::{Bars, Figure, Levels, Lines, Table};
@@ -65,7 +65,8 @@ fn outcomes() -> Row {
                 CHOSEN,
                 "sum by (outcome) (increase(livesnap_snapshots_total{%}[$__rate_interval]))",
                 "{{outcome}}",
-            ),
+            )
+            .colours(OUTCOME_COLOURS),
             Panel::new(
                 Table,
                 Number,
@@ -165,7 +166,8 @@ fn cost() -> Row {
                 CHOSEN,
                 "sum by (action) (rate(livesnap_decisions_total{%}[$__rate_interval]))",
                 "{{action}}",
-            ),
+            )
+            .colours(ACTION_COLOURS),
         ],
     }
 }

@@ -1,6 +1,6 @@
 //! Live snapshot, of one virtual machine: is the guest hurt, will it finish, why was it throttled or given up.
 
-use super::{ANNOTATIONS, INSTANCE, JOB};
+use super::{ACTION_COLOURS, ANNOTATIONS, INSTANCE, JOB};
 use crate::dashboard::{Row, Variable};
 use crate::lint::Quantity::{Bytes, BytesPerSecond, Number, Ratio, Seconds, Truth};
 use crate::panel::Shape::{Bars, Dial, Figure, Heatmap, Levels, Lines, Name, States, Table};
@@ -67,6 +67,7 @@ fn hurt() -> Row {
             .ask(CHOSEN, "histogram_quantile(0.99, sum by (le) (rate(livesnap_fault_stall_seconds_bucket{%}[$__rate_interval])))", "p99")
             .ask(CHOSEN, "histogram_quantile(0.99, sum by (le) (rate(livesnap_fault_service_seconds_bucket{%}[$__rate_interval])))", "p99, handler's part")
             .ask(CHOSEN, "livesnap_policy_stall_limit_seconds{%}", "limit")
+            .logarithmic()
             .runbook("GuestStallHigh"),
             Panel::new(Heatmap, Number, "Stalls, all of them", "Each column is a time, each cell a range of stalls; the darker, the more.")
                 .ask(CHOSEN, "sum by (le) (increase(livesnap_fault_stall_seconds_bucket{%}[$__rate_interval]))", "{{le}}")
@@ -155,7 +156,8 @@ fn why() -> Row {
                 CHOSEN,
                 "sum by (action) (increase(livesnap_decisions_total{%}[$__rate_interval]))",
                 "{{action}}",
-            ),
+            )
+            .colours(ACTION_COLOURS),
             Panel::new(States, Truth, "Phases", "How long the snapshot was in each phase.")
                 .ask(CHOSEN, "livesnap_snapshot_phase{%}", "{{phase}}")
                 .runbook("SnapshotStuck"),
