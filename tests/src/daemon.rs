@@ -180,9 +180,14 @@ impl Daemon {
         Ok(answer.body.as_str().context("metrics are no text")?.to_owned())
     }
 
-    /// Asks where it serves metrics over TCP.
+    /// Where it serves metrics over TCP.
+    pub fn metrics_address(&self) -> Result<SocketAddr> {
+        self.logged_address("serving metrics")
+    }
+
+    /// Asks there.
     pub fn get_by_tcp(&self, path: &str) -> Result<Answer> {
-        let address = self.logged_address("serving metrics")?;
+        let address = self.metrics_address()?;
         call_at(address, &format!("GET {path} HTTP/1.1\r\nHost: {address}"))
     }
 

@@ -10,6 +10,7 @@
 //! check       judges whether RAM and disk are of one instant
 //! browser     a headless Chromium, for what people see
 //! daemon      the product as a service, and a client of it
+//! monitoring  Prometheus and Alertmanager, and one who is told
 //! cpu_time    what quotas withhold from threads
 //! slow_disk   a destination as slow as is wanted
 //! restored    a VM that the product has brought back
@@ -35,6 +36,7 @@ pub mod kernel;
 pub mod livesnap;
 mod load;
 pub mod mapped_ram;
+pub mod monitoring;
 pub mod mount;
 pub mod qemu;
 pub mod qmp;
