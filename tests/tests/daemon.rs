@@ -276,6 +276,50 @@ fn what_waits_has_its_turn_also_after_a_restart() {
     .unwrap();
 }
 
+/// By the program's own client, which ends as the snapshot does.
+#[test]
+fn the_daemon_is_asked_from_a_shell() {
+    if !is_root_or_skip("a snapshot of another process").unwrap() {
+        return;
+    }
+    let qemu = boot();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    Daemon::configure(dir.path(), &[("vm1", &qemu)], "").unwrap();
+    let daemon = Daemon::start(dir.path()).unwrap();
+    let ask = |arguments: &[&str]| {
+        let mut command = livesnap::command(["ask", "--daemon"]).unwrap();
+        command.arg(daemon.socket()).args(arguments).output().unwrap()
+    };
+    let told = |output: &std::process::Output| {
+        String::from_utf8([&output.stdout[..], &output.stderr].concat()).unwrap()
+    };
+    let taken = ask(&["snapshot", "vm1", "--out", "monday"]);
+    assert_eq!(taken.status.code(), Some(0), "{taken:?}");
+    let last = told(&taken).lines().last().unwrap().to_owned();
+    assert!(last.contains("vm1  completed") && last.ends_with("/snapshots/monday"), "{last}");
+    let listed = ask(&["list"]);
+    assert_eq!(told(&listed).trim_end(), last);
+
+    let running = daemon.post("/snapshot", &[], &slow_request("vm1")).unwrap().body;
+    let id = running["id"].as_str().unwrap();
+    let busy = ask(&["snapshot", "vm1"]);
+    assert_eq!(busy.status.code(), Some(3), "{busy:?}");
+    assert!(told(&busy).contains(id), "{busy:?}");
+    let shown = ask(&["--json", "show", id]);
+    let shown: Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(shown["id"], id);
+    assert_eq!(ask(&["abort", id]).status.code(), Some(0));
+    let followed = ask(&["follow", id]);
+    assert_eq!(followed.status.code(), Some(130), "{followed:?}");
+    let unknown = ask(&["show", "07"]);
+    assert_eq!(unknown.status.code(), Some(3), "{unknown:?}");
+    daemon.end(Signal::TERM).unwrap();
+    let mut command = livesnap::command(["ask", "--daemon"]).unwrap();
+    let alone = command.arg(dir.path().join("sock")).arg("list").output().unwrap();
+    assert_eq!(alone.status.code(), Some(3), "{alone:?}");
+    assert!(told(&alone).contains("livesnap serve"), "{alone:?}");
+}
+
 /// None of these needs a virtual machine.
 #[test]
 fn what_cannot_be_is_refused_by_name() {

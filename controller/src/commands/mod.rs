@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+mod ask;
 pub mod child_of;
 mod completions;
 mod demo;
@@ -46,6 +47,7 @@ pub enum Command {
     #[command(after_help = inspect::EXAMPLES)]
     Inspect(ReadArgs),
     Serve(serve::Args),
+    Ask(ask::Args),
     Completions(completions::Args),
     /// Watch over another livesnap process, and finish what it leaves half done
     #[command(hide = true)]
@@ -74,6 +76,7 @@ impl Command {
             Self::Verify(args) => verify::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Serve(args) => serve::run(&args),
+            Self::Ask(args) => ask::run(&args),
             Self::Completions(args) => completions::run(&args),
             Self::Guard(args) => return Ok(guard::run(&args)),
             Self::ChildOf(args) => child_of::run(&args),
