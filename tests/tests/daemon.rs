@@ -276,6 +276,39 @@ fn what_waits_has_its_turn_also_after_a_restart() {
     .unwrap();
 }
 
+/// As many at once as may, each at its own pace.
+#[test]
+fn two_virtual_machines_are_snapshotted_at_once() {
+    if !is_root_or_skip("a snapshot of another process").unwrap() {
+        return;
+    }
+    let (first, second) = (boot(), boot());
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    Daemon::configure(dir.path(), &[("vm1", &first), ("vm2", &second)], "running_max = 2").unwrap();
+    let daemon = Daemon::start(dir.path()).unwrap();
+    let [one, other] = ["vm1", "vm2"].map(|vm| {
+        let taken_up = daemon.post("/snapshot", &[], &slow_request(vm)).unwrap();
+        assert_eq!(taken_up.status, 202, "{taken_up:?}");
+        path_of(&taken_up.body)
+    });
+    for path in [&one, &other] {
+        daemon.wait_state(path, "copying").unwrap();
+    }
+    // One is hurried on and ends; the other does not notice.
+    let (json, fast) =
+        ([("Content-Type", "application/json")], r#"{"max_bandwidth_bytes_per_second": null}"#);
+    let hurry = |path: &str| {
+        let changed = daemon.call("PATCH", &format!("{path}/policy"), &json, fast).unwrap();
+        assert_eq!(changed.status, 200, "{changed:?}");
+        let completed = daemon.wait_state(path, "completed").unwrap();
+        let snapshot = Path::new(completed["destination"].as_str().unwrap()).to_owned();
+        assert_eq!(check_files(&snapshot.join("ram.mapped-ram"), None).unwrap().inconsistent, 0);
+    };
+    hurry(&other);
+    assert_eq!(daemon.get(&one).unwrap().body["state"], "copying");
+    hurry(&one);
+}
+
 /// By the program's own client, which ends as the snapshot does.
 #[test]
 fn the_daemon_is_asked_from_a_shell() {
