@@ -96,7 +96,20 @@ impl Daemon {
 
     /// Starts it as configured in `dir`, and waits until it is ready.
     pub fn start(dir: &Path) -> Result<Self> {
-        let mut daemon = Self { child: Self::command(dir)?.spawn()?, dir: dir.into() };
+        Self::ready(dir, Self::command(dir)?)
+    }
+
+    /// The same through another program, which gets the daemon's command line behind its own and must replace itself by it.
+    pub fn start_through(dir: &Path, mut program: Command) -> Result<Self> {
+        let daemon = Self::command(dir)?;
+        program.arg(daemon.get_program()).args(daemon.get_args());
+        program.env("NO_COLOR", "1").stderr(Self::log_file(dir)?);
+        Self::ready(dir, program)
+    }
+
+    fn ready(dir: &Path, mut command: Command) -> Result<Self> {
+        let child = command.spawn().context("cannot start the daemon")?;
+        let mut daemon = Self { child, dir: dir.into() };
         poll_until("the daemon is ready", LIMIT, || {
             if let Some(status) = daemon.child.try_wait().context("cannot wait for the daemon")? {
                 bail!("the daemon has ended with {status}; it logged:\n{}", daemon.log());
@@ -108,11 +121,14 @@ impl Daemon {
 
     /// The command that starts it.
     pub fn command(dir: &Path) -> Result<Command> {
-        let log = File::options().create(true).append(true).open(dir.join("log"));
         let mut command = livesnap::command(["serve", "--config"])?;
-        command.arg(dir.join("config.toml")).env("NO_COLOR", "1");
-        command.stderr(log.context("cannot create the daemon's log")?);
+        command.arg(dir.join("config.toml")).env("NO_COLOR", "1").stderr(Self::log_file(dir)?);
         Ok(command)
+    }
+
+    fn log_file(dir: &Path) -> Result<File> {
+        let log = File::options().create(true).append(true).open(dir.join("log"));
+        log.context("cannot create the daemon's log")
     }
 
     /// What it and those before it have logged.

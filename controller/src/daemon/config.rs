@@ -263,10 +263,7 @@ mod tests {
     fn the_example_says_the_defaults() {
         let config: Config = toml::from_str(EXAMPLE).unwrap();
         config.check().unwrap();
-        assert_eq!(config.vm.len(), 1, "the example of a virtual machine");
-        assert!(config.metrics_listen.is_some(), "the example of an address");
-        let defaults = Config { vm: Vec::new(), metrics_listen: None, ..config };
-        assert_eq!(defaults, Config::default());
+        assert_eq!(config, Config::default());
     }
 
     #[test]

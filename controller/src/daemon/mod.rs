@@ -11,7 +11,8 @@
 //! child         the process that takes one snapshot
 //! journal       what of the book survives
 //! metrics       what Prometheus is told
-//! http/         the API: routes, problems, connections
+//! http/         the API: routes, problems, connections; the live page
+//! notify        what the service manager is told
 //! ```
 //!
 //! One thread runs all tasks, so the daemon takes no more than one CPU from guests, and starts all processes, which the
@@ -24,6 +25,7 @@ mod destination;
 mod http;
 mod journal;
 mod metrics;
+mod notify;
 mod operation;
 mod policy;
 mod supervisor;
@@ -49,6 +51,7 @@ use http::gate::{Gate, TokenError};
 use http::listen::{self, ListenError};
 use journal::{Journal, JournalError};
 use metrics::Metrics;
+use notify::Manager;
 use operation::Operation;
 use supervisor::{Handle, Observer, Supervisor};
 use vms::Vms;
@@ -132,7 +135,8 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     let supervisor = tokio::spawn(supervisor.run());
     let interval = Duration::from_secs(config.look_seconds);
     tokio::spawn(vms::watch(vms, config.discover.clone(), interval, metrics.clone()));
-    close_on_signal(handle.clone(), config.shutdown)?;
+    let manager = Manager::from_environment();
+    close_on_signal(handle.clone(), config.shutdown, manager.clone())?;
     if let Some((gate, listener)) = metrics_tcp {
         if let Ok(address) = listener.local_addr() {
             tracing::info!(%address, "serving metrics");
@@ -145,6 +149,8 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     }
     let router = http::router(Api::new(handle, Arc::clone(&config), metrics));
     tracing::info!(socket = %config.socket.display(), vms = config.vm.len(), "serving");
+    manager.tell(notify::READY);
+    tokio::spawn(manager.beat());
     let ended = async {
         if let Err(error) = supervisor.await {
             tracing::error!(%error, "the supervisor has failed");
@@ -174,7 +180,7 @@ fn check_roots(config: &Config) -> Result<(), DaemonError> {
 }
 
 /// Has the supervisor end on a signal; on a second one it aborts what it waits for.
-fn close_on_signal(handle: Handle, first: Shutdown) -> Result<(), DaemonError> {
+fn close_on_signal(handle: Handle, first: Shutdown, manager: Manager) -> Result<(), DaemonError> {
     let system = |source| DaemonError::System { what: "handle signals", source };
     let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system)?;
@@ -185,6 +191,7 @@ fn close_on_signal(handle: Handle, first: Shutdown) -> Result<(), DaemonError> {
                 _ = interrupt.recv() => {}
             }
             tracing::info!(?shutdown, "told to end");
+            manager.tell(notify::STOPPING);
             handle.close(shutdown).await;
         }
     });
