@@ -8,7 +8,8 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 
 use super::book::{Bounds, Shutdown};
-use super::vms::Pattern;
+use super::discovery::Pattern;
+use super::name::{NAME_RULE, is_name};
 
 /// The daemon's configuration; packaging/livesnap.toml explains each key.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -172,10 +173,6 @@ pub enum ConfigError {
     },
 }
 
-/// What a name may be made of, for errors.
-pub const NAME_RULE: &str =
-    "up to 64 letters, digits, '.', '_' and '-', not beginning with '.' or '-'";
-
 impl Config {
     /// Reads a file, or takes the defaults.
     ///
@@ -238,12 +235,6 @@ impl Config {
         let &Self { running_max, queued_max, remembered_max, .. } = self;
         Bounds { running_max, queued_max, remembered_max }
     }
-}
-
-/// Whether a name can stand in a path, a label and a log.
-pub fn is_name(name: &str) -> bool {
-    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    (1..=64).contains(&name.len()) && name.bytes().all(is_good) && !name.starts_with(['.', '-'])
 }
 
 /// Whether a path is absolute and says where it leads.
@@ -319,16 +310,6 @@ mod tests {
             fs::write(&path, text).unwrap();
             let error = Config::load(Some(&path)).unwrap_err().to_string();
             assert!(error.contains(word), "{text}: {error}");
-        }
-    }
-
-    #[test]
-    fn names_are_harmless() {
-        for name in ["vm1", "a", "web-3.example_org", &"x".repeat(64)] {
-            assert!(is_name(name), "{name}");
-        }
-        for name in ["", ".", "..", "-v", ".a", "a/b", "a b", "a\n", "ä", "a\0", &"x".repeat(65)] {
-            assert!(!is_name(name), "{name:?}");
         }
     }
 }

@@ -13,7 +13,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, mkdirat, open, o
 use rustix::io::Errno;
 use snapshot_core::image::Staging;
 
-use super::config::{NAME_RULE, is_name};
+use super::name::{NAME_RULE, is_name};
 
 /// Directories below a root, the snapshot's own included.
 const DEPTH_MAX: usize = 8;

@@ -25,9 +25,8 @@ use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, Opts, Regist
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::operation::{Operation, Progress, State};
-use super::supervisor::Observer;
-use super::vms::Seen;
+use super::look::Seen;
+use super::operation::{Observer, Operation, Progress, State};
 use crate::units::number;
 
 /// All metrics. Clones share them.

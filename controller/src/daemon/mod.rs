@@ -7,6 +7,9 @@
 //! policy        limits as they stand in a request
 //! destination   where snapshots may lie
 //! vms           named and found virtual machines
+//! discovery     how they are found
+//! look          what is to be seen of one
+//! name          what they may be called
 //! supervisor    the one task that owns the book
 //! child         the process that takes one snapshot
 //! journal       what of the book survives
@@ -22,9 +25,12 @@ mod book;
 mod child;
 mod config;
 mod destination;
+mod discovery;
 mod http;
 mod journal;
+mod look;
 mod metrics;
+mod name;
 mod notify;
 mod operation;
 mod policy;
@@ -52,8 +58,8 @@ use http::listen::{self, ListenError};
 use journal::{Journal, JournalError};
 use metrics::Metrics;
 use notify::Manager;
-use operation::Operation;
-use supervisor::{Handle, Observer, Supervisor};
+use operation::{Observer, Operation};
+use supervisor::{Handle, Supervisor};
 use vms::Vms;
 
 /// Why the daemon cannot work.

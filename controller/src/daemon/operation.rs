@@ -1,10 +1,13 @@
-//! What the daemon tells of a snapshot that was asked for: the request, how far it is, how it ended. Only data.
+//! What the daemon tells of a snapshot that was asked for: the request, how far it is, how it ended; and who wants to
+//! know of it. Only data.
 //!
 //! ```text
 //! queued ─▶ preparing ─▶ arming ─▶ frozen ─▶ copying ─▶ draining ─▶ committing ─▶ completed
 //!    │          └───────────┴─────────┴─────────┴──────────┴────────────┴─▶ aborting ─▶ aborted
 //!    └─▶ aborted                                                        └─▶ failed
 //! ```
+
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -216,4 +219,15 @@ pub enum Ended {
         /// What was measured, if it came to that.
         result: Option<Value>,
     },
+}
+
+/// Whoever wants to know of each change of an operation.
+pub trait Observer: Send {
+    /// An operation is another than before: new, changed or forgotten. Must not wait for anything.
+    fn changed(&mut self, before: Option<&Operation>, now: Option<&Operation>);
+}
+
+/// Now (RFC 3339).
+pub fn timestamp() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }

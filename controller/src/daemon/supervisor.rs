@@ -24,7 +24,7 @@ use super::child::{self, Change, Order, Task, Told};
 use super::config::Config;
 use super::destination::{DestinationError, Place};
 use super::journal::{Journal, JournalError};
-use super::operation::{Ended, Operation, Request, State};
+use super::operation::{Ended, Observer, Operation, Request, State, timestamp};
 use super::vms::Vms;
 use crate::{actuator, control_loop};
 
@@ -43,12 +43,6 @@ pub struct View {
     pub operations: BTreeMap<String, Arc<Operation>>,
     /// Whether the daemon is ending.
     pub is_closing: bool,
-}
-
-/// Whoever wants to know of each change of an operation.
-pub trait Observer: Send {
-    /// An operation is another than before: new, changed or forgotten. Must not wait for anything.
-    fn changed(&mut self, before: Option<&Operation>, now: Option<&Operation>);
 }
 
 /// Why a request is not taken up.
@@ -532,9 +526,4 @@ pub fn repair(runtime_dir: &Path) {
         let repaired = actuator::in_words(&leftover);
         tracing::warn!(repaired);
     }
-}
-
-/// Now (RFC 3339).
-pub fn timestamp() -> String {
-    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }

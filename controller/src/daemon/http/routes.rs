@@ -14,10 +14,11 @@ use super::Api;
 use super::problem::{Problem, Word, link};
 use super::request::{Body, Id, Parameters, idempotency_key, is_known, preferred_wait};
 use crate::control_loop::Change;
+use crate::daemon::look::Seen;
 use crate::daemon::metrics::Metrics;
 use crate::daemon::operation::{Operation, Request, State};
 use crate::daemon::policy::Policy;
-use crate::daemon::vms::{Seen, Source, Vm};
+use crate::daemon::vms::{Source, Vm};
 
 /// Operations in a list, unless fewer are asked for, and at most.
 const PAGE: usize = 50;

@@ -7,9 +7,9 @@ use serde_json::json;
 use snapshot_core::Reason;
 
 use super::*;
+use crate::daemon::look::VmState;
 use crate::daemon::operation::OperationError;
 use crate::daemon::policy;
-use crate::daemon::vms::VmState;
 
 fn metrics() -> Metrics {
     Metrics::new(vec!["/".into()], std::iter::empty()).unwrap()

@@ -1,0 +1,148 @@
+//! What there is to be seen of a virtual machine that nobody snapshots: what it is, what would refuse a snapshot of it, and
+//! what one may have left behind.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::process::Pid;
+use serde::Serialize;
+use snapshot_core::Reason;
+use snapshot_core::vmm::RunState;
+use snapshot_core::vmm::qemu::preflight::Survey;
+use snapshot_core::vmm::qemu::{QemuError, QemuOptions, survey};
+use utoipa::ToSchema;
+
+use super::operation::{OperationError, timestamp};
+use crate::actuator;
+use crate::units::number;
+
+/// A machine that does not answer for so long is not waited for when it is only looked at.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
+
+/// What was seen of a virtual machine.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Seen {
+    /// When (RFC 3339).
+    pub at: String,
+    /// Its state.
+    pub state: VmState,
+    /// What it is, if it answered.
+    pub machine: Option<Machine>,
+    /// What would refuse a snapshot, and what to do about it.
+    pub refusals: Vec<Hindrance>,
+    /// Guest memory under userfaultfd, in bytes. As no snapshot of the daemon's was running, it is another program's, or was
+    /// left behind.
+    pub protected_bytes: u64,
+    /// Share of their CPU time that livesnap's quotas withhold from the virtual CPUs, on an average; the same holds.
+    pub throttle_ratio: f64,
+    /// Why it could not be asked.
+    pub error: Option<OperationError>,
+}
+
+/// A virtual machine's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Its virtual CPUs run.
+    Running,
+    /// Somebody has paused it.
+    Paused,
+    /// Neither: it cannot be snapshotted now.
+    Other,
+    /// It does not answer.
+    Unreachable,
+}
+
+/// What a virtual machine is.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Machine {
+    /// Machine type with its version.
+    machine_type: String,
+    /// Version of QEMU.
+    qemu_version: String,
+    /// Process id of QEMU.
+    pid: i32,
+    /// Virtual CPUs.
+    cpus: u32,
+    /// RAM in bytes.
+    memory_bytes: u64,
+    /// Disks that a snapshot would switch to overlays.
+    disks: usize,
+}
+
+/// Something that would refuse a snapshot.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Hindrance {
+    /// Stable word.
+    #[schema(value_type = String)]
+    reason: Reason,
+    /// What was found.
+    what: String,
+    /// What to do about it.
+    remedy: String,
+}
+
+/// Where there is no cpu controller, or a thread has just ended, nothing is withheld.
+fn throttle_ratio(threads: &[Pid]) -> f64 {
+    let ratios = threads.iter().map(|thread| actuator::withheld_ratio(*thread).unwrap_or(0.0));
+    ratios.sum::<f64>() / number(threads.len().max(1) as u64)
+}
+
+/// Asks the machine behind a QMP socket; it is the caller's turn to talk to it.
+pub fn look(qmp: &Path) -> Seen {
+    let options =
+        QemuOptions { command_timeout: LOOK_LIMIT, ..QemuOptions::new(qmp.to_path_buf()) };
+    Seen::from(survey(&options))
+}
+
+impl From<Result<Survey, QemuError>> for Seen {
+    fn from(surveyed: Result<Survey, QemuError>) -> Self {
+        let at = timestamp();
+        let survey = match surveyed {
+            Ok(survey) => survey,
+            Err(error) => {
+                let reason = error.reason();
+                let error = Some(OperationError { reason, detail: error.to_string() });
+                let state = VmState::Unreachable;
+                return Self {
+                    at,
+                    state,
+                    machine: None,
+                    refusals: Vec::new(),
+                    protected_bytes: 0,
+                    throttle_ratio: 0.0,
+                    error,
+                };
+            }
+        };
+        let machine = Machine {
+            machine_type: survey.machine.machine_type,
+            qemu_version: survey.machine.version,
+            pid: survey.pid.as_raw_pid(),
+            cpus: survey.machine.cpus,
+            memory_bytes: survey.layout.total_bytes(),
+            disks: survey.disks.len(),
+        };
+        let protected = survey.mappings.iter().filter(|mapping| mapping.has_userfaultfd);
+        let protected_bytes = protected.map(|mapping| mapping.len_bytes).sum();
+        let throttle_ratio = throttle_ratio(&survey.cpu_threads);
+        let refusals = survey.refusals.into_iter().map(|refusal| Hindrance {
+            reason: refusal.reason,
+            what: refusal.what,
+            remedy: refusal.remedy,
+        });
+        Self {
+            at,
+            state: match survey.run_state {
+                Some(RunState::Running) => VmState::Running,
+                Some(RunState::Paused) => VmState::Paused,
+                None => VmState::Other,
+            },
+            machine: Some(machine),
+            refusals: refusals.collect(),
+            protected_bytes,
+            throttle_ratio,
+            error: None,
+        }
+    }
+}
