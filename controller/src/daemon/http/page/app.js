@@ -140,7 +140,7 @@ class Follower {
     this.fields.abort.setAttribute("aria-label", `Abort the snapshot of ${this.vm}`);
     this.fields.progress.setAttribute("aria-label", "Memory saved, in percent");
     this.fields.buffer.setAttribute("aria-label", "Copy buffer in use");
-    this.fields.abort.addEventListener("click", () => abort(this));
+    this.fields.abort.addEventListener("click", () => askToAbort(this));
     this.fields.phases.append(...PHASES.map((phase) => {
       const item = document.createElement("li");
       item.textContent = phase;
@@ -302,21 +302,24 @@ class Follower {
   }
 }
 
-function abort(follower) {
-  const dialog = element("abort-dialog");
+// Whose snapshot the dialog asks about.
+let asked = null;
+
+function askToAbort(follower) {
+  asked = follower;
   setText(element("abort-question"), `Abort the snapshot of ${follower.vm}?`);
-  dialog.returnValue = "keep";
-  dialog.addEventListener("close", async () => {
-    if (dialog.returnValue !== "abort") return;
-    follower.fields.abort.disabled = true;
-    try {
-      await call(`${pathOf(follower.id)}/abort`, { method: "POST" });
-    } catch (error) {
-      follower.fields.abort.disabled = false;
-      connection(false, `not aborted: ${error.message}`);
-    }
-  }, { once: true });
-  dialog.showModal();
+  element("abort-dialog").showModal();
+}
+
+// By the button itself: the dialog's event of its closing may come after it was opened again.
+async function abort(follower) {
+  follower.fields.abort.disabled = true;
+  try {
+    await call(`${pathOf(follower.id)}/abort`, { method: "POST" });
+  } catch (error) {
+    follower.fields.abort.disabled = false;
+    connection(false, `not aborted: ${error.message}`);
+  }
 }
 
 function outcome(operation) {
@@ -377,5 +380,7 @@ element("token-form").addEventListener("submit", (event) => {
   element("token").value = "";
   list().catch((error) => connection(false, `no answer: ${error.message}`));
 });
+
+element("abort").addEventListener("click", () => abort(asked));
 
 keepListing();
