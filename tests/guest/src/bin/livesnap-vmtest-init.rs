@@ -16,6 +16,7 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
@@ -73,18 +74,44 @@ fn mount_others() -> Result<()> {
     boot::wait_for_device(DISK)?;
     let others = [
         ("tmpfs", "tmpfs", "/dev/shm"),
-        ("tmpfs", "tmpfs", "/tmp"),
-        (DISK, "ext4", "/var/tmp"),
         ("cgroup2", "cgroup2", "/sys/fs/cgroup"),
         ("tracefs", "tracefs", "/sys/kernel/tracing"),
         ("bpf", "bpf", "/sys/fs/bpf"),
     ];
     for (source, kind, target) in others {
-        if !Path::new(target).exists() {
-            fs::create_dir_all(target).with_context(|| format!("cannot create {target}"))?;
+        mount_on(source, kind, target)?;
+    }
+    for (source, kind, target) in [("tmpfs", "tmpfs", "/tmp"), (DISK, "ext4", "/var/tmp")] {
+        mount_beside(source, kind, target)?;
+    }
+    Ok(())
+}
+
+fn mount_on(source: &str, kind: &str, target: &str) -> Result<()> {
+    if !Path::new(target).exists() {
+        fs::create_dir_all(target).with_context(|| format!("cannot create {target}"))?;
+    }
+    mount(source, target, kind, MountFlags::empty(), None)
+        .with_context(|| format!("cannot mount {kind} on {target}"))
+}
+
+/// Mounts on a directory in which the programs may lie, for they have the paths at which they were built. What was there
+/// is found there still, by links.
+fn mount_beside(source: &str, kind: &str, target: &str) -> Result<()> {
+    let aside = format!("/aside/{}", target.replace('/', "-"));
+    let was_there = Path::new(target).exists();
+    if was_there {
+        fs::create_dir_all("/aside").context("cannot create /aside")?;
+        fs::rename(target, &aside).with_context(|| format!("cannot put {target} aside"))?;
+    }
+    mount_on(source, kind, target)?;
+    if was_there {
+        for entry in fs::read_dir(&aside).with_context(|| format!("cannot list {aside}"))? {
+            let entry = entry.with_context(|| format!("cannot list {aside}"))?;
+            let link = Path::new(target).join(entry.file_name());
+            symlink(entry.path(), &link)
+                .with_context(|| format!("cannot make the link {}", link.display()))?;
         }
-        mount(source, target, kind, MountFlags::empty(), None)
-            .with_context(|| format!("cannot mount {kind} on {target}"))?;
     }
     Ok(())
 }
