@@ -1,8 +1,9 @@
 //! The requests that the disk probe sees are those that fio says it had.
 //!
-//! The kernel does not run a program on a CPU where the same program is interrupted, so on a busy machine one request in
-//! some ten thousand is missed; the probe tells how many. And what holds fio back after a request is in fio's figures
-//! alone. So each test may be repeated until nothing of that happened; that nothing is missed unseen must hold each time.
+//! The kernel does not run a program on a CPU where the same program is interrupted (for classic tracepoints: any
+//! program), so on a busy machine one request in some ten thousand is missed, and under emulation, where a program takes
+//! long, some in a thousand; the probe tells how many. And what holds fio back after a request is in fio's figures
+//! alone. So each test may be repeated until little of that happened; that nothing is missed unseen must hold each time.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
@@ -17,6 +18,8 @@ use livesnap_ebpf::disk::{DiskProbe, DiskReading, Irregular, Issuer, Operation, 
 use privilege::is_root;
 
 const ATTEMPTS: usize = 8;
+/// How many of a hundred requests may be missed.
+const MISSED_PER_CENT: u64 = 1;
 /// What fio's figures may differ.
 const TOLERANCE_NS: f64 = 2_000.0;
 const TOLERANCE: f64 = 0.1;
@@ -49,8 +52,9 @@ fn of(reading: &DiskReading, operation: Operation, issuer: Issuer) -> &Requests 
     reading.of(operation, issuer).unwrap()
 }
 
-/// Number and bytes are the same; if not, then by no more requests than the probe tells that it has missed.
-fn compare(reading: &DiskReading, pairs: &[(&Requests, &Told)]) -> Result<(), String> {
+/// Number and bytes are the same; if not, then by no more requests than the probe tells that it has missed, which are few.
+/// Returns how many.
+fn compare(reading: &DiskReading, pairs: &[(&Requests, &Told)]) -> Result<u64, String> {
     let irregular = reading.irregular;
     let missed =
         irregular.issue_without_completion + irregular.completion_without_issue + reading.depth.now;
@@ -62,11 +66,14 @@ fn compare(reading: &DiskReading, pairs: &[(&Requests, &Told)]) -> Result<(), St
         lacking += told.requests - seen.latency.count;
     }
     assert!(lacking <= missed, "{lacking} are not counted: {reading:?}");
-    if irregular == Irregular::default() && missed == 0 {
-        assert_eq!((lacking, reading.depth.ours_now), (0, 0));
-        Ok(())
+    assert!(reading.depth.ours_now <= missed, "{reading:?}");
+    let others =
+        Irregular { issue_without_completion: 0, completion_without_issue: 0, ..irregular };
+    let all: u64 = pairs.iter().map(|(_, told)| told.requests).sum();
+    if others == Irregular::default() && missed * 100 <= all * MISSED_PER_CENT {
+        Ok(missed)
     } else {
-        Err(format!("{missed} were missed: {irregular:?}"))
+        Err(format!("{missed} of {all} were missed: {irregular:?}"))
     }
 }
 
@@ -97,8 +104,9 @@ fn latencies(tier: Tier, size: &str) -> Result<[(f64, f64); 2], String> {
     let reading = probe.read().unwrap();
     let seen =
         [Operation::Read, Operation::Write].map(|operation| of(&reading, operation, Issuer::Ours));
-    compare(&reading, &[(seen[0], &read), (seen[1], &written)])?;
-    assert_eq!(reading.depth.ours_max, 1);
+    let missed = compare(&reading, &[(seen[0], &read), (seen[1], &written)])?;
+    // One that was missed is taken to be still under way.
+    assert!((1..=1 + missed).contains(&reading.depth.ours_max), "{:?}", reading.depth);
     Ok([
         (seen[0].latency.mean_ns() as f64, read.clat_ns),
         (seen[1].latency.mean_ns() as f64, written.clat_ns),
@@ -118,9 +126,9 @@ fn the_depth_of_the_queue_is_that_which_fio_keeps() {
         fio.start();
         let (told, _) = fio.finish();
         let reading = probe.read().unwrap();
-        compare(&reading, &[(of(&reading, Operation::Read, Issuer::Ours), &told)])?;
+        let missed = compare(&reading, &[(of(&reading, Operation::Read, Issuer::Ours), &told)])?;
         let depth = reading.depth;
-        assert!((2..=DEPTH).contains(&depth.ours_max), "{depth:?}");
+        assert!((2..=DEPTH + missed).contains(&depth.ours_max), "{depth:?}");
         // fio needs time to start and to end, in which there are none.
         let mean = reading.mean_depth(Some(Issuer::Ours));
         assert!(0.0 < mean && mean <= depth.ours_max as f64, "{mean}, {depth:?}");
@@ -149,8 +157,8 @@ fn our_requests_are_told_from_those_of_others() {
         let reading = probe.read().unwrap();
         let seen =
             [Issuer::Ours, Issuer::Foreign].map(|issuer| of(&reading, Operation::Write, issuer));
-        compare(&reading, &[(seen[0], &told), (seen[1], &told_by_other)])?;
-        assert!((1..=2).contains(&reading.depth.max), "{:?}", reading.depth);
+        let missed = compare(&reading, &[(seen[0], &told), (seen[1], &told_by_other)])?;
+        assert!((1..=2 + missed).contains(&reading.depth.max), "{:?}", reading.depth);
         Ok(())
     });
 }
