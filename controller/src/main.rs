@@ -62,9 +62,11 @@ fn log(command: &Command) {
     };
     let default = if format.is_some() { "livesnap=info" } else { "" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    // See no-color.org.
+    let may_colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(may_colour && std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match format {
         Some(LogFormat::Json) => log.json().init(),

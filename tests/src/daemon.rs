@@ -94,6 +94,12 @@ impl Daemon {
         fs::write(dir.join("config.toml"), text).context("cannot write the configuration")
     }
 
+    /// [Configures](Self::configure) and [starts](Self::start) it.
+    pub fn serve(dir: &Path, vms: &[(&str, &Qemu)], more: &str) -> Result<Self> {
+        Self::configure(dir, vms, more)?;
+        Self::start(dir)
+    }
+
     /// Starts it as configured in `dir`, and waits until it is ready.
     pub fn start(dir: &Path) -> Result<Self> {
         Self::ready(dir, Self::command(dir)?)
@@ -103,7 +109,7 @@ impl Daemon {
     pub fn start_through(dir: &Path, mut program: Command) -> Result<Self> {
         let daemon = Self::command(dir)?;
         program.arg(daemon.get_program()).args(daemon.get_args());
-        program.env("NO_COLOR", "1").stderr(Self::log_file(dir)?);
+        program.stderr(Self::log_file(dir)?);
         Self::ready(dir, program)
     }
 
@@ -122,7 +128,7 @@ impl Daemon {
     /// The command that starts it.
     pub fn command(dir: &Path) -> Result<Command> {
         let mut command = livesnap::command(["serve", "--config"])?;
-        command.arg(dir.join("config.toml")).env("NO_COLOR", "1").stderr(Self::log_file(dir)?);
+        command.arg(dir.join("config.toml")).stderr(Self::log_file(dir)?);
         Ok(command)
     }
 

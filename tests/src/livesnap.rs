@@ -94,7 +94,7 @@ impl Running {
     }
 
     fn start_with(mut command: Command, stdin: Stdio) -> Result<Self> {
-        command.env("RUST_LOG", "snapshot_core=debug").env("NO_COLOR", "1");
+        command.env("RUST_LOG", "snapshot_core=debug");
         command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot run livesnap")?;
         let stderr = child.stderr.take().context("livesnap has no stderr")?;

@@ -63,8 +63,7 @@ fn a_snapshot_is_taken_followed_and_restored() {
     }
     let source = boot();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    Daemon::configure(dir.path(), &[("vm1", &source)], "").unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &source)], "").unwrap();
     let vms = daemon.get("/vms").unwrap().body;
     assert_eq!(vms["vms"][0]["name"], "vm1", "{vms:#}");
 
@@ -130,8 +129,7 @@ fn a_snapshot_is_followed_and_hurried_on() {
     }
     let qemu = boot();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    Daemon::configure(dir.path(), &[("vm1", &qemu)], "").unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], "").unwrap();
     let taken_up = daemon.post("/snapshot", &[], &slow_request("vm1")).unwrap();
     let path = path_of(&taken_up.body);
     let events = format!("{path}/events");
@@ -185,8 +183,7 @@ fn a_guest_runs_on_however_its_snapshot_is_ended() {
     let mut qemu = boot();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let snapshots = dir.path().join("snapshots/vm1");
-    Daemon::configure(dir.path(), &[("vm1", &qemu)], "").unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], "").unwrap();
     let begin = |daemon: &Daemon| {
         let taken_up = daemon.post("/snapshot", &[], &slow_request("vm1")).unwrap();
         assert_eq!(taken_up.status, 202, "{taken_up:?}");
@@ -253,8 +250,7 @@ fn what_waits_has_its_turn_also_after_a_restart() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let vms = [("vm1", &first), ("vm2", &second)];
     let more = "queued_max = 1\n[[vm]]\nname = \"vm3\"\nqmp = \"/nobody/is/there\"";
-    Daemon::configure(dir.path(), &vms, more).unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &vms, more).unwrap();
     let submit = |request: &Value| daemon.post("/snapshot", &[], request).unwrap();
     let running = path_of(&submit(&slow_request("vm1")).body);
     daemon.wait_state(&running, "copying").unwrap();
@@ -284,8 +280,8 @@ fn two_virtual_machines_are_snapshotted_at_once() {
     }
     let (first, second) = (boot(), boot());
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    Daemon::configure(dir.path(), &[("vm1", &first), ("vm2", &second)], "running_max = 2").unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon =
+        Daemon::serve(dir.path(), &[("vm1", &first), ("vm2", &second)], "running_max = 2").unwrap();
     let [one, other] = ["vm1", "vm2"].map(|vm| {
         let taken_up = daemon.post("/snapshot", &[], &slow_request(vm)).unwrap();
         assert_eq!(taken_up.status, 202, "{taken_up:?}");
@@ -317,8 +313,7 @@ fn the_daemon_is_asked_from_a_shell() {
     }
     let qemu = boot();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    Daemon::configure(dir.path(), &[("vm1", &qemu)], "").unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], "").unwrap();
     let ask = |arguments: &[&str]| {
         let mut command = livesnap::command(["ask", "--daemon"]).unwrap();
         command.arg(daemon.socket()).args(arguments).output().unwrap()
@@ -454,8 +449,7 @@ fn what_cannot_be_is_refused_by_name() {
 #[test]
 fn one_daemon_has_a_socket_and_a_state_and_a_dead_one_has_neither() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    Daemon::configure(dir.path(), &[], "").unwrap();
-    let living = Daemon::start(dir.path()).unwrap();
+    let living = Daemon::serve(dir.path(), &[], "").unwrap();
     let mut second = Daemon::command(dir.path()).unwrap().spawn().unwrap();
     assert_eq!(second.wait().unwrap().code(), Some(3), "{}", living.log());
     assert!(living.log().contains("another daemon"), "{}", living.log());

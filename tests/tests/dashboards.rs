@@ -115,8 +115,7 @@ fn dashboards_and_alerts_tell_what_happens() {
     let second = dir.path().join("qmp");
     let guest = busy_guest(&second);
     let more = "look_seconds = 1\nmetrics_listen = \"127.0.0.1:0\"";
-    Daemon::configure(dir.path(), &[("vm1", &guest)], more).unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &guest)], more).unwrap();
     let target = daemon.metrics_address().unwrap();
     let receiver = Receiver::start().unwrap();
     let monitoring = Monitoring::start(dir.path(), target, receiver.address()).unwrap();

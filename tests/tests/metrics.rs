@@ -49,8 +49,7 @@ fn prometheus_is_told_of_snapshots_and_of_what_they_leave() {
     let mut qemu = Qemu::builder().load(load).arguments(["-qmp", &monitor]).start().unwrap();
     qemu.wait_ready(BOOT).unwrap();
     let more = "look_seconds = 1\nmetrics_listen = \"127.0.0.1:0\"";
-    Daemon::configure(dir.path(), &[("vm1", &qemu)], more).unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], more).unwrap();
     let value = |name: &str| series(&daemon.metrics().unwrap(), name);
     let completed = "livesnap_snapshots_total{outcome=\"completed\",reason=\"none\",vm=\"vm1\"}";
     assert_eq!(value(completed), Some(0.0), "of a series that begins at 1 nobody sees a rise");

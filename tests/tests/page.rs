@@ -29,8 +29,7 @@ fn token(dir: &Path, mode: u32) -> String {
 #[test]
 fn only_who_may_is_let_in() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    Daemon::configure(dir.path(), &[], TCP).unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[], TCP).unwrap();
     let own = format!("Host: {}", daemon.tcp().unwrap());
     let abort = "POST /snapshot/07/abort HTTP/1.1";
     let stranger = "Origin: http://stranger.example";
@@ -109,8 +108,7 @@ fn the_page_asks_for_the_token() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let vm = "[[vm]]\nname = \"vm1\"\nqmp = \"/nobody/is/there\"";
     let config = format!("{}\n{vm}", token(dir.path(), 0o600));
-    Daemon::configure(dir.path(), &[], &config).unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[], &config).unwrap();
     let mut browser = Browser::start(1088, 800).unwrap();
     browser.open(&format!("http://{}/", daemon.tcp().unwrap())).unwrap();
     browser.wait("!document.getElementById('token-form').hidden", LIMIT).unwrap();
@@ -134,8 +132,7 @@ fn a_snapshot_is_seen_and_ended_by_keyboard_alone() {
     qemu.wait_ready(BOOT).unwrap();
     qemu.wait_heartbeat(BOOT, |beat| beat.laps >= 1).unwrap();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    Daemon::configure(dir.path(), &[("vm1", &qemu)], TCP).unwrap();
-    let daemon = Daemon::start(dir.path()).unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], TCP).unwrap();
     let mut browser = Browser::start(1088, 1000).unwrap();
     browser.open(&format!("http://{}/", daemon.tcp().unwrap())).unwrap();
     browser.wait(&says("vms", "vm1"), LIMIT).unwrap();
