@@ -216,11 +216,8 @@ impl Drop for Browser {
     fn drop(&mut self) {
         use rustix::process::{Pid, Signal, kill_process_group};
 
-        let group = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        if let Some(group) = group {
-            // Fails only if all have ended already, which is what is wanted.
-            let _ = kill_process_group(group, Signal::KILL);
-        }
+        // Fails only if all have ended already, which is what is wanted.
+        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
         let _ = self.child.wait();
     }
 }

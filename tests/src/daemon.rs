@@ -268,8 +268,7 @@ impl Daemon {
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        kill_process(pid.context("no process id")?, signal).context("cannot signal the daemon")
+        kill_process(Pid::from_child(&self.child), signal).context("cannot signal the daemon")
     }
 
     /// The processes that it has started.
@@ -294,7 +293,8 @@ impl Daemon {
     }
 }
 
-fn call_at(address: SocketAddr, head: &str) -> Result<Answer> {
+/// The answer to a request without a body, over TCP: `head` is its first line and headers.
+pub(crate) fn call_at(address: SocketAddr, head: &str) -> Result<Answer> {
     let mut stream = TcpStream::connect(address).context("cannot connect")?;
     stream.set_read_timeout(Some(LIMIT)).context("cannot limit the time to read")?;
     let text = format!("{head}\r\nConnection: close\r\n\r\n");

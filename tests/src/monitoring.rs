@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -15,6 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::daemon::{Answer, call_at};
 use crate::poll_until;
 
 /// A server that says nothing for so long hangs.
@@ -27,6 +28,11 @@ const IN_PLACE: &str = "mount --bind \"$1/usr/share\" /usr/share; shift; exec \"
 /// Where the files lie.
 const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../dashboards");
 
+/// One of the unpacked programs.
+pub fn program(name: &str) -> PathBuf {
+    Path::new(PACKAGES).join("usr/bin").join(name)
+}
+
 /// A process that is killed when dropped.
 #[derive(Debug)]
 struct Server(Child);
@@ -38,7 +44,7 @@ impl Server {
             File::create(dir.join(format!("{program}.log"))).context("cannot create a log")?;
         let child = Command::new("unshare")
             .args(["--mount", "sh", "-ec", IN_PLACE, "sh", PACKAGES])
-            .arg(Path::new(PACKAGES).join("usr/bin").join(program))
+            .arg(self::program(program))
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -113,7 +119,7 @@ impl Monitoring {
         let monitoring = Self { _prometheus: prometheus, _alertmanager: alertmanager, port };
         let log = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
         poll_until("Alertmanager is ready", LIMIT, || {
-            Ok(get(alertmanager_address, "/-/ready").ok())
+            Ok(get(alertmanager_address, "/-/ready").ok().filter(|answer| answer.status == 200))
         })
         .with_context(|| log("prometheus-alertmanager.log"))?;
         poll_until("Prometheus has scraped livesnap", LIMIT, || {
@@ -145,9 +151,7 @@ impl Monitoring {
             .map(|(name, value)| format!("{}={}", percent_encoded(name), percent_encoded(value)))
             .collect();
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
-        let body = get(address, &format!("/api/v1/{what}?{}", encoded.join("&")))?;
-        let answer: Value =
-            serde_json::from_str(&body).with_context(|| format!("no JSON: {body}"))?;
+        let answer = get(address, &format!("/api/v1/{what}?{}", encoded.join("&")))?.body;
         ensure!(answer["status"] == "success", "{parameters:?}: {answer}");
         Ok(answer["data"].clone())
     }
@@ -235,18 +239,9 @@ fn take(stream: TcpStream) -> Result<(String, Value)> {
     Ok((path, serde_json::from_slice(&body).context("the body is no JSON")?))
 }
 
-/// The body of what is at `path`.
-fn get(address: SocketAddr, path: &str) -> Result<String> {
-    let mut stream =
-        TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
-    stream.set_read_timeout(Some(LIMIT)).context("cannot limit the time to read")?;
-    // The older version of HTTP, in which an answer ends with the connection.
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")
-        .context("cannot send the request")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).context("cannot read the answer")?;
-    let (_, body) = text.split_once("\r\n\r\n").context("the answer has no end of headers")?;
-    Ok(body.to_owned())
+/// The answer to a request for what is at `path`, in the older version of HTTP, whose answers are one piece.
+fn get(address: SocketAddr, path: &str) -> Result<Answer> {
+    call_at(address, &format!("GET {path} HTTP/1.0\r\nHost: localhost"))
 }
 
 /// Copies a file of `dashboards/` to `dir`; each of `changes` must be in it.

@@ -468,6 +468,11 @@ impl Qemu {
             .any(|flags| flags.split(' ').any(|flag| matches!(flag, "uw" | "um"))))
     }
 
+    /// Waits until it has none, for the kernel takes down a killed process's in its own time.
+    pub fn wait_unprotected(&self, timeout: Duration) -> Result<()> {
+        poll_until("memory is given up", timeout, || Ok((!self.has_userfaultfd()?).then_some(())))
+    }
+
     /// Kibibytes of RAM in anonymous 2 MiB huge pages.
     pub fn anon_huge_kib(&self) -> Result<u64> {
         let path = format!("/proc/{}/smaps_rollup", self.pid());

@@ -172,13 +172,7 @@ fn expect_unharmed(qemu: &mut Qemu, status: &str) {
         Ok((qemu.status()? == status).then_some(()))
     });
     reached.unwrap_or_else(|error| panic!("{error}: {:?} is not {status:?}", qemu.status()));
-    // The kernel takes down a killed process's userfaultfd in its own time.
-    poll_until(
-        "the guest's memory is free",
-        PAUSE,
-        || Ok((!qemu.has_userfaultfd()?).then_some(())),
-    )
-    .unwrap();
+    qemu.wait_unprotected(PAUSE).unwrap();
     if status == "running" {
         let seen = qemu.wait_heartbeat(BOOT, |_| true).unwrap();
         let now = qemu

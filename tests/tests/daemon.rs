@@ -43,8 +43,7 @@ fn slow_request(vm: &str) -> Value {
 
 /// The guest goes on as if nothing had been, and nothing is left at the destination.
 fn expect_no_trace(qemu: &mut Qemu, snapshots: &Path) {
-    let free = || Ok((!qemu.has_userfaultfd()?).then_some(()));
-    poll_until("memory is given up", LIMIT, free).unwrap();
+    qemu.wait_unprotected(LIMIT).unwrap();
     assert_eq!(qemu.status().unwrap(), "running");
     assert_eq!(qemu.wait_laps(1, BOOT).unwrap().inconsistent, 0);
     let left: Vec<_> =

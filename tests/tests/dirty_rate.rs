@@ -174,8 +174,7 @@ fn watching(guest: &Qemu) -> Running {
 }
 
 fn expect_unharmed(guest: &mut Qemu) {
-    let free = || Ok((!guest.has_userfaultfd()?).then_some(()));
-    poll_until("memory is given up", BOOT, free).unwrap();
+    guest.wait_unprotected(BOOT).unwrap();
     assert_eq!(guest.wait_laps(1, BOOT).unwrap().inconsistent, 0);
 }
 

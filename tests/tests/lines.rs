@@ -10,10 +10,10 @@ use std::process::{ChildStdout, Command};
 use std::time::Duration;
 
 use livesnap_tests::check::check_files;
+use livesnap_tests::is_root_or_skip;
 use livesnap_tests::livesnap::{self, Running, snapshot};
 use livesnap_tests::qemu::{Builder, Load, Qemu};
 use livesnap_tests::slow_disk::SlowDisk;
-use livesnap_tests::{is_root_or_skip, poll_until};
 use rustix::pipe::fcntl_setpipe_size;
 use serde_json::Value;
 
@@ -175,8 +175,7 @@ fn limits_change_while_a_snapshot_runs() {
     let ended = running.wait().unwrap();
     assert_eq!(ended.status.code(), Some(4), "{}", ended.log);
     assert!(!out.exists());
-    let free = || Ok((!qemu.has_userfaultfd()?).then_some(()));
-    poll_until("memory is given up", BOOT, free).unwrap();
+    qemu.wait_unprotected(BOOT).unwrap();
     qemu.wait_laps(1, BOOT).unwrap();
 
     let record = fs::read_to_string(&record).unwrap();

@@ -4,7 +4,6 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::io::Write as _;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -20,8 +19,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// What Prometheus' own tool has against the text.
 fn expect_good(metrics: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../target/livesnap-monitoring/usr/bin/promtool");
+    let path = livesnap_tests::monitoring::program("promtool");
     let mut tool = Command::new(&path)
         .args(["check", "metrics"])
         .stdin(Stdio::piped())

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use livesnap_tests::browser::Browser;
 use livesnap_tests::daemon::Daemon;
+use livesnap_tests::is_root_or_skip;
 use livesnap_tests::qemu::{Load, Qemu};
-use livesnap_tests::{is_root_or_skip, poll_until};
 use serde_json::{Value, json};
 
 const BOOT: Duration = Duration::from_secs(120);
@@ -193,8 +193,7 @@ fn a_snapshot_is_seen_and_ended_by_keyboard_alone() {
     assert_eq!(aborted["error"]["reason"], "cancelled", "{aborted:#}");
     browser.wait(&says("ended", "aborted"), LIMIT).unwrap();
     browser.wait("document.querySelector('article') === null", LIMIT).unwrap();
-    let free = || Ok((!qemu.has_userfaultfd()?).then_some(()));
-    poll_until("memory is given up", LIMIT, free).unwrap();
+    qemu.wait_unprotected(LIMIT).unwrap();
     assert_eq!(qemu.wait_laps(1, BOOT).unwrap().inconsistent, 0);
     assert_eq!(browser.complaints(), [""; 0]);
 }

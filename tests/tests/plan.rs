@@ -42,8 +42,7 @@ fn run(command: Command) -> Ended {
 
 /// Neither guest nor destination show that there was a plan.
 fn expect_untouched(qemu: &mut Qemu, dir: &Path) {
-    let free = || Ok((!qemu.has_userfaultfd()?).then_some(()));
-    poll_until("memory is given up", BOOT, free).unwrap();
+    qemu.wait_unprotected(BOOT).unwrap();
     assert_eq!(qemu.wait_laps(1, BOOT).unwrap().inconsistent, 0);
     assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
 }
