@@ -34,9 +34,7 @@ impl Failure {
     ) -> Self {
         let exit_code = match reason {
             Reason::Cancelled => CANCELLED,
-            Reason::BufferForecast | Reason::StallLimit | Reason::CpuFloor | Reason::Deadline => {
-                GIVEN_UP
-            }
+            reason if reason.is_given_up() => GIVEN_UP,
             _ => FAILED,
         };
         Self { reason, exit_code, source: source.into() }

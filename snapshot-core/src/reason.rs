@@ -21,6 +21,15 @@ macro_rules! reasons {
                 match self { $(Self::$name => $word,)+ }
             }
 
+            /// Whether it says that a snapshot's limits could not be kept, for which it was given up.
+            #[must_use]
+            pub const fn is_given_up(self) -> bool {
+                matches!(
+                    self,
+                    Self::BufferForecast | Self::StallLimit | Self::CpuFloor | Self::Deadline
+                )
+            }
+
             /// What it means, in one sentence.
             #[must_use]
             pub const fn meaning(self) -> &'static str {

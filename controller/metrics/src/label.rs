@@ -32,10 +32,12 @@ const REASONS: [&str; Reason::ALL.len() + 1] = {
 /// otherwise.
 #[must_use]
 pub fn outcome_of(reason: &str) -> &'static str {
-    match reason {
-        NO_REASON => "completed",
-        "cancelled" | "daemon_restart" | "buffer_forecast" | "stall_limit" | "cpu_floor"
-        | "deadline" => "aborted",
+    if reason == NO_REASON {
+        return "completed";
+    }
+    match Reason::ALL.iter().find(|known| known.as_str() == reason) {
+        Some(Reason::Cancelled | Reason::DaemonRestart) => "aborted",
+        Some(reason) if reason.is_given_up() => "aborted",
         _ => "failed",
     }
 }
@@ -87,10 +89,9 @@ pub const ISSUERS: [&str; 2] = ["livesnap", "others"];
 /// A route of the HTTP interface.
 pub const ROUTE: Label = Label { name: "route", values: Values::Closed(&ROUTES) };
 /// Values of `route`: templates, never paths, and `other` for what is no route.
-pub const ROUTES: [&str; 13] = [
+pub const ROUTES: [&str; 12] = [
     "/",
     "/snapshot",
-    "/snapshot/plan",
     "/snapshot/{id}",
     "/snapshot/{id}/events",
     "/snapshot/{id}/abort",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use snapshot_core::Reason;
 
 use crate::Failure;
-use crate::daemon::{self, Config};
+use crate::daemon::{self, Config, DaemonError};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,5 +54,9 @@ impl Args {
 pub fn run(args: &Args) -> Result<(), Failure> {
     let config = Config::load(args.config.as_deref())
         .map_err(|error| Failure::refused(Reason::BadArgument, error))?;
-    daemon::run(config).map_err(|error| Failure::refused(Reason::Io, error))
+    daemon::run(config).map_err(|error| match error {
+        // Not refused: whoever keeps it running shall start it again.
+        DaemonError::Failed => Failure::new(Reason::Internal, error),
+        error => Failure::refused(Reason::Io, error),
+    })
 }

@@ -39,6 +39,8 @@ const LAST_LINES_LIMIT: Duration = Duration::from_secs(5);
 /// Changes of limits that wait for their answer, and how long a process may take to read one.
 const CHANGES_MAX: usize = 16;
 const LINE_LIMIT: Duration = Duration::from_secs(1);
+/// Why limits are not changed by a process that has not taken earlier changes yet.
+pub const BUSY: &str = "the snapshot's process is busy with other changes: ask again";
 /// This program, also if its file was replaced meanwhile.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
@@ -159,7 +161,9 @@ async fn follow(
                 Order::Change(change) => {
                     let line = line(&change.policy);
                     // Answers come in the order of lines. A process that takes none has enough to read for now.
-                    if asked.try_send(change).is_ok() {
+                    if let Err(refused) = asked.try_send(change) {
+                        let _ = refused.into_inner().answer.send(Err(BUSY.into()));
+                    } else {
                         let written = timeout(LINE_LIMIT, stdin.write_all(line.as_bytes())).await;
                         if !matches!(written, Ok(Ok(()))) {
                             tracing::warn!(operation = id, "the snapshot's process takes no other limits");

@@ -6,7 +6,7 @@
 //! name in it. Roots themselves are the operator's word, and may be links.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, mkdirat, open, openat2, statat};
@@ -147,8 +147,10 @@ impl Place {
     /// Removes what a process that was killed has left of a snapshot. One that is being written is left alone.
     pub fn clear(&self) {
         // The partial directory of nobody is taken over, and goes with its new owner.
-        if self.check().is_ok() {
-            drop(Staging::create(&self.path()));
+        if let Ok(Some(directory)) = self.walk(false) {
+            // In the very directory that was checked, wherever its name leads by now.
+            let directory = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string());
+            drop(Staging::create(&directory.join(self.name())));
         }
     }
 

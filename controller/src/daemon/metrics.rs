@@ -486,7 +486,6 @@ impl Metrics {
 
     /// Notes where an operation is; returns when it had begun, if it has.
     fn note_state(&self, operation: &Operation) -> Option<SystemTime> {
-        let families = &self.0.families;
         let mut seen = self.seen();
         let Operation { id, vm, state, .. } = operation;
         let begun = if state.is_running() {
@@ -499,6 +498,13 @@ impl Metrics {
         } else {
             seen.unfinished.insert(id.clone(), (vm.clone(), *state));
         }
+        self.show_foremost(&seen, vm);
+        begun
+    }
+
+    /// Shows what waits, and how far the foremost operation of a machine is.
+    fn show_foremost(&self, seen: &Known, vm: &str) {
+        let families = &self.0.families;
         let queued = seen.unfinished.values().filter(|(_, state)| *state == State::Queued).count();
         families.queued.with_label_values::<&str>(&[]).set(number(queued as u64));
         let own = seen.unfinished.values().filter(|(of, _)| of == vm).map(|(_, state)| *state);
@@ -507,14 +513,26 @@ impl Metrics {
         if !foremost.is_some_and(State::is_running) {
             families.set_idle(vm);
         }
-        begun
+    }
+
+    /// An operation is no more: one that has ended was counted, one that could not be kept never was.
+    fn forget(&self, operation: &Operation) {
+        let mut seen = self.seen();
+        seen.begun.remove(&operation.id);
+        if seen.unfinished.remove(&operation.id).is_some() {
+            self.show_foremost(&seen, &operation.vm);
+        }
     }
 }
 
 impl Observer for Metrics {
     fn changed(&mut self, before: Option<&Operation>, now: Option<&Operation>) {
-        // What is forgotten has been counted.
-        let Some(now) = now else { return };
+        let Some(now) = now else {
+            if let Some(before) = before {
+                self.forget(before);
+            }
+            return;
+        };
         self.register(&now.vm);
         let families = &self.0.families;
         let had_ended = before.is_some_and(|before| before.state.is_final());

@@ -85,6 +85,9 @@ pub enum DaemonError {
     /// Metrics.
     #[error("cannot make the metrics: {0}")]
     Metrics(#[from] prometheus::Error),
+    /// By a fault of its own.
+    #[error("the daemon has failed: its log tells where; start it again")]
+    Failed,
     /// The operating system.
     #[error("cannot {what}: {source}")]
     System {
@@ -157,21 +160,27 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     tracing::info!(socket = %config.socket.display(), vms = config.vm.len(), "serving");
     manager.tell(notify::READY);
     tokio::spawn(manager.beat());
-    let ended = async {
-        if let Err(error) = supervisor.await {
+    let has_failed = async {
+        let failed = supervisor.await.err();
+        if let Some(error) = &failed {
             tracing::error!(%error, "the supervisor has failed");
         }
+        failed.is_some()
     };
-    let ended = ended.shared();
+    let has_failed = has_failed.shared();
+    let ended = || has_failed.clone().map(drop);
     let by_tcp = async {
         let Some((gate, listener)) = tcp else { return };
         if let Ok(address) = listener.local_addr() {
             tracing::info!(%address, "serving by TCP");
         }
-        listen::serve(&listener, gate.guard(router.clone()), &config.http, ended.clone()).await;
+        listen::serve(&listener, gate.guard(router.clone()), &config.http, ended()).await;
     };
-    let by_socket = listen::serve(&socket, router.clone(), &config.http, ended.clone());
+    let by_socket = listen::serve(&socket, router.clone(), &config.http, ended());
     tokio::join!(by_socket, by_tcp);
+    if has_failed.await {
+        return Err(DaemonError::Failed);
+    }
     tracing::info!("ended");
     Ok(())
 }

@@ -315,7 +315,7 @@ impl Supervisor {
             Action::Terminate(id) => {
                 self.book.told(&id);
                 if let Some(process) = self.processes.get(&id) {
-                    // One that has just ended takes none.
+                    // There is room for it; one that has just ended takes none.
                     let _ = process.try_send(Order::Terminate);
                 }
             }
@@ -444,9 +444,12 @@ impl Supervisor {
             return Err(ended());
         }
         let process = self.processes.get(id).ok_or_else(ended)?;
-        process.try_send(Order::Change(change)).map_err(|_| ChangeError::Refused {
-            detail: "the snapshot's process is busy with other changes: ask again".into(),
-        })
+        let busy = || ChangeError::Refused { detail: child::BUSY.into() };
+        // The last room is for the order to end, which must not be lost.
+        if process.capacity() < 2 {
+            return Err(busy());
+        }
+        process.try_send(Order::Change(change)).map_err(|_| busy())
     }
 
     async fn submit(

@@ -192,6 +192,17 @@ fn a_running_snapshot_is_shown_with_the_one_that_waits() {
 }
 
 #[test]
+fn what_could_not_be_kept_waits_for_nothing() {
+    let mut metrics = metrics();
+    let queued = operation("1", State::Queued);
+    metrics.changed(None, Some(&queued));
+    assert_eq!(value(&metrics, "livesnap_operations_queued"), 1.0);
+    metrics.changed(Some(&queued), None);
+    assert_eq!(value(&metrics, "livesnap_operations_queued"), 0.0);
+    assert_eq!(value(&metrics, "livesnap_snapshot_phase{phase=\"queued\",vm=\"vm1\"}"), 0.0);
+}
+
+#[test]
 fn what_is_left_shows_only_while_no_snapshot_runs() {
     let mut metrics = metrics();
     metrics.register("vm1");
