@@ -38,6 +38,9 @@ struct Arguments {
     /// Keep the first-touch counters from it: this must miss targets.
     #[arg(long)]
     blindfold: bool,
+    /// Only those scenarios whose guest is of this kind, such as "small ring".
+    #[arg(long)]
+    guest: Option<String>,
     /// Also list the seeds that were given up falsely, missed, or broke a limit.
     #[arg(long)]
     list: bool,
@@ -56,7 +59,10 @@ fn main() -> Result<ExitCode> {
     if let Some(seed) = arguments.seed {
         return trace(&mut out, seed, variant, arguments.record).map(|()| ExitCode::SUCCESS);
     }
-    let judged = series::judge_all(arguments.first, arguments.seeds, variant)?;
+    let mut judged = series::judge_all(arguments.first, arguments.seeds, variant)?;
+    if let Some(kind) = &arguments.guest {
+        judged.retain(|case| case.scenario.guest == kind);
+    }
     if arguments.list {
         list(&mut out, &judged)?;
     }

@@ -1,5 +1,6 @@
 //! What a seed stands for: a guest, a disk, what happens to them, and how well they are seen.
 
+use livesnap_control::policy::BUFFER_BYTES_MIN;
 use livesnap_control::{OnInfeasible, Policy};
 
 use crate::random::Random;
@@ -8,11 +9,15 @@ use crate::random::Random;
 pub const GIB: f64 = (1_u64 << 30) as f64;
 const MIB: f64 = (1_u64 << 20) as f64;
 
-/// Kinds of guests.
-pub const GUESTS: [&str; 7] =
+/// Kinds of guests, beside [`SMALL_RING`].
+const GUESTS: [&str; 7] =
     ["idle", "sequential", "uniform", "zipf", "hot set", "phases", "fork bomb"];
+/// A small guest that writes the same memory over and over, to a slow disk: soon all of it has been touched.
+pub const SMALL_RING: &str = "small ring";
+/// Share of scenarios that are of that kind.
+const SMALL_RING_RATIO: f64 = 0.125;
 /// Kinds of disks.
-pub const DISKS: [&str; 5] = ["steady", "ssd cache", "hdd", "shared", "stalling"];
+const DISKS: [&str; 5] = ["steady", "ssd cache", "hdd", "shared", "stalling"];
 
 /// How a part of RAM is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,9 +74,9 @@ pub struct Sampling {
 pub struct Scenario {
     /// The number that it is made from.
     pub seed: u64,
-    /// One of [`GUESTS`].
+    /// The kind of guest.
     pub guest: &'static str,
-    /// One of [`DISKS`].
+    /// The kind of disk.
     pub disk: &'static str,
     /// Length of RAM in bytes.
     pub ram_bytes: f64,
@@ -98,6 +103,9 @@ impl Scenario {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed, 1);
+        if Random::new(seed, 4).chance(SMALL_RING_RATIO) {
+            return Self::small_ring(seed, &mut random);
+        }
         let disk_rate = random.log_between(100e6, 3e9);
         let lasts_s = random.log_between(6.0, 90.0);
         let ram_bytes = (disk_rate * lasts_s).clamp(GIB, 128.0 * GIB);
@@ -119,6 +127,39 @@ impl Scenario {
         };
         scenario.add_guest(&mut random, lasts_s);
         scenario.add_disk(&mut random, lasts_s);
+        scenario
+    }
+
+    /// Like the guests on which `cargo xtask bench --control` measures the controller.
+    fn small_ring(seed: u64, random: &mut Random) -> Self {
+        let ram_bytes = random.log_between(256.0 * MIB, 2.0 * GIB);
+        let lasts_s = random.log_between(2.0, 40.0);
+        let disk_rate = ram_bytes / lasts_s;
+        let buffer_bytes_max = whole(ram_bytes * random.log_between(0.1, 0.4));
+        let policy = Policy {
+            buffer_bytes_max: buffer_bytes_max.max(BUFFER_BYTES_MIN),
+            ..policy(random, lasts_s)
+        };
+        let mut scenario = Self {
+            seed,
+            guest: SMALL_RING,
+            disk: random.pick(&["steady", "stalling"]),
+            ram_bytes,
+            classes: Vec::new(),
+            events: Vec::new(),
+            disk_rate,
+            disk_noise: 0.03,
+            vcpus: vcpus(random),
+            sampling: sampling(random, lasts_s),
+            policy,
+            buffer_bytes: bytes(policy.buffer_bytes_max),
+        };
+        let ring = ram_bytes * random.between(0.05, 0.7);
+        let order = random.pick(&[Order::Random, Order::Sequential]);
+        scenario.add(ring, disk_rate * random.log_between(0.5, 20.0), order, None, None);
+        let rest = random.log_between(0.1e6, 2e6);
+        scenario.add(ram_bytes - ring, rest, Order::Random, None, None);
+        scenario.add_disk(random, lasts_s);
         scenario
     }
 
