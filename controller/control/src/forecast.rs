@@ -177,4 +177,26 @@ mod tests {
         let seen = forecast(&fit(0.0, 0.0, GB), fresh(8.0 * GB), 1.0, GB, FOREVER);
         assert!(seen.peak_buffer_bytes <= SWEEP_BYTES, "{seen:?}");
     }
+
+    #[test]
+    fn a_full_buffer_is_full_now_and_what_exceeds_it_waits_for_the_disk() {
+        let full = Position { unsaved_bytes: 8.0 * GB, buffer_used_bytes: GB };
+        assert_eq!(forecast(&fit(GB, 0.0, GB), full, 1.0, GB, FOREVER).full_after_s, Some(0.0));
+        // 2 GB/s against 1 GB/s: of 8 GB, 4 GB are in the buffer at the end, 3 GB more than fit.
+        let seen = forecast(&fit(2.0 * GB, 0.0, GB), fresh(8.0 * GB), 1.0, GB, FOREVER);
+        assert!((seen.expected_wait_s - 3.0).abs() < 0.2, "{seen:?}");
+    }
+
+    #[test]
+    fn the_sweep_takes_no_more_than_the_disk_leaves() {
+        let slow = fit(0.0, 0.0, 0.01 * GB);
+        let seen = forecast(&slow, fresh(8.0 * GB), 1.0, GB, 0.1);
+        assert!(seen.peak_buffer_bytes <= 0.001 * GB, "{seen:?}");
+    }
+
+    #[test]
+    fn what_has_lasted_three_times_as_long_lasts_with_three_in_four() {
+        assert!((persistence_ratio(3.0, 1.0) - 0.75).abs() < 1e-9);
+        assert!(persistence_ratio(0.0, 0.0).abs() < 1e-9);
+    }
 }

@@ -92,6 +92,7 @@ mod tests {
         assert!((after(&[(40, 0.5)]).to_command(0.3) - 0.3).abs() < 1e-9);
         assert!((after(&[(40, 0.25)]).to_command(0.3) - 0.6).abs() < 0.01);
         assert!((after(&[(40, 0.0)]).to_command(0.3) - 1.0).abs() < 1e-9);
+        assert!((after(&[(40, 0.0)]).to_command(0.02) - 0.4).abs() < 0.01, "room first");
     }
 
     #[test]

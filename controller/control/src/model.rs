@@ -247,7 +247,7 @@ impl Model {
             touch_rate: (self.touch.value - self.touch.deviation).max(0.0),
             depletion_per_s: self.line.fall(),
             cold_ratio: 0.0,
-            drain_rate: self.drain_best,
+            drain_rate: self.drain_best + self.drain.deviation,
         }
     }
 }
@@ -363,5 +363,65 @@ mod tests {
             disk_was_busy: false,
         });
         assert!(model.expected().drain_rate > 390e6);
+    }
+
+    /// A disk whose rate alternates between these.
+    fn rough_disk(rates: [f64; 2], is_busy: bool) -> Model {
+        let mut model = Model::default();
+        for tick in 0..100 {
+            model.observe(&Observation {
+                elapsed_s: DT_S,
+                touched_bytes: 5e6,
+                drained_bytes: rates[tick % 2] * DT_S,
+                saved_bytes: 0.0,
+                cpu_ratio: 1.0,
+                is_held_up: false,
+                disk_was_busy: is_busy,
+            });
+        }
+        model
+    }
+
+    #[test]
+    fn a_rough_disk_may_be_faster_than_it_was_and_slower() {
+        let model = rough_disk([300e6, 500e6], true);
+        assert!(model.optimistic().drain_rate > 480e6, "{model:?}");
+        assert!(model.pessimistic().drain_rate < 320e6, "{model:?}");
+        let wild = rough_disk([0.0, 800e6], true);
+        let floor = wild.expected().drain_rate / 2.0;
+        assert!((wild.pessimistic().drain_rate - floor).abs() < 1.0, "{wild:?}");
+    }
+
+    #[test]
+    fn a_disk_that_had_nothing_to_do_is_as_fast_as_it_was_when_it_was_fastest() {
+        assert!(rough_disk([300e6, 500e6], false).expected().drain_rate > 490e6);
+    }
+
+    #[test]
+    fn surprises_on_either_side_in_turns_are_noise() {
+        let mut model = Model::default();
+        observe_hot_set(&mut model, 1e12, 1e9, 1.0, 40);
+        let age_s = model.regime_s();
+        for rate in [1e8, 1e8, 3e9, 1e8, 1e8, 3e9] {
+            observe_hot_set(&mut model, 1e12, rate, 1.0, 1);
+        }
+        assert!(model.regime_s() > age_s, "{model:?}");
+    }
+
+    #[test]
+    fn a_guest_without_cpu_time_tells_nothing() {
+        let mut model = Model::default();
+        observe_hot_set(&mut model, 1e12, 1e9, 1.0, 40);
+        let before = model.expected().touch_rate;
+        observe_hot_set(&mut model, 1e12, 0.0, 0.001, 10);
+        assert!((model.expected().touch_rate - before).abs() < 1.0);
+    }
+
+    #[test]
+    fn the_line_goes_on_while_nobody_sees_it() {
+        let mut model = Model::default();
+        let left = observe_hot_set(&mut model, 4e9, 1e9, 1.0, 40);
+        let (now, later) = (model.touch_rate_at(4e9 - left), model.touch_rate_at(4e9 - left / 2.0));
+        assert!(later < now * 0.6, "{later} and {now}");
     }
 }

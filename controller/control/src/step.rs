@@ -7,7 +7,10 @@
 //!   q = (d + (useful part − reserve − B) / GLIDE_S) / a          clamped to min_cpu .. 1
 //! ```
 //!
-//! It needs no integrator and no tuning to the guest: where the guest is too fast the buffer comes to rest where `q·a = d`, so an
+//! If the forecast peak at some greater share stays below [`HELD_UP_RATIO`] of the buffer, then that is the share: what
+//! will fit anyway is left alone. CPU time is given back at once where the room left lasts for [`ROOM_S`], and else slowly.
+//!
+//! The law needs no integrator and no tuning to the guest: where the guest is too fast the buffer comes to rest where `q·a = d`, so an
 //! error in `a` or `d` moves the level of the buffer, not the guest's share of CPU. It also takes as late as
 //! possible: with a bounded buffer and a first-touch rate that only falls, running freely until the buffer is used and
 //! then at the pace of the disk leaves the guest the most work at every moment, for the bytes touched up to `t` are
@@ -48,6 +51,8 @@ const SWEEP_BYTES: f64 = (32_u64 << 20) as f64;
 const USEFUL_RATIO: f64 = 0.3;
 /// Share of the buffer from which on the engine captures less for a fault, which holds writers up.
 const HELD_UP_RATIO: f64 = 0.65;
+/// Whoever waits for room touches as much as the disk takes, noise aside; at least this share of it.
+const WAITING_RATIO: f64 = 0.5;
 /// Share of the buffer from which on it is as good as full: soon the engine captures page by page.
 const FULL_RATIO: f64 = 0.88;
 /// A regime is taken to last for so many times its age, at least for [`REGIME_S_MIN`].
@@ -58,10 +63,14 @@ const REGIME_S_MIN: f64 = 1.0;
 /// a probability of 3 in 4.
 const OVERFLOW_AGES: f64 = 3.0;
 /// How long the forecast must have said so before the snapshot is given up, in seconds.
-const EVIDENCE_S: f64 = 0.25;
+const EVIDENCE_S: f64 = 0.5;
 /// How long fault stalls may be over the limit although the guest gets no more than it must, in seconds.
 const STALLED_S: f64 = 1.0;
-/// How fast CPU time is given back, as a share per second.
+/// Steps in search of the largest share that fits.
+const BISECTIONS: u32 = 5;
+/// For so long the room left must last if CPU time is given back at once, in seconds.
+const ROOM_S: f64 = 1.0;
+/// How fast CPU time is given back else, as a share per second.
 const RELEASE_PER_S: f64 = 0.3;
 /// Changes upwards by less than this share are not worth a write to the cgroup.
 const HYSTERESIS_RATIO: f64 = 0.03;
@@ -329,7 +338,8 @@ impl Controller {
             persistence_ratio(self.model.regime_s(), self.command.forecast.peak_after_s);
         self.notice_stalls(now, seen.elapsed_s);
         let free = self.free_ratio(from, reachable, number(now.age_ns) / NS_PER_S);
-        self.move_to(free, seen.elapsed_s);
+        let room_lasts = self.room_lasts(from, reachable, free);
+        self.move_to(free, room_lasts, seen.elapsed_s);
         self.consider_abort(seen, from, reachable * FULL_RATIO);
     }
 
@@ -369,9 +379,12 @@ impl Controller {
         let reserve = at_least.peak_buffer_bytes - from.buffer_used_bytes;
         // The sample is of the past: meanwhile the guest went on with the share it has.
         let since = ((self.command.cpu_ratio * fit.touch_rate - fit.drain_rate) * age_s).max(0.0);
-        let useful = SWEEP_BYTES + (limit - SWEEP_BYTES).max(0.0) * USEFUL_RATIO;
-        let room = useful - reserve - from.buffer_used_bytes - since;
-        (fit.drain_rate + room / GLIDE_S) / fit.touch_rate
+        let room = useful_bytes(limit) - reserve - from.buffer_used_bytes - since;
+        let glide = (fit.drain_rate + room / GLIDE_S) / fit.touch_rate;
+        let level = limit * HELD_UP_RATIO - since;
+        largest_share(glide.max(least), |share| {
+            forecast(&fit, from, share, limit, f64::INFINITY).peak_buffer_bytes <= level
+        })
     }
 
     /// Fault stalls over the limit: less for the writers, until it helps.
@@ -388,12 +401,19 @@ impl Controller {
         self.kept.to_command(self.policy.min_cpu_ratio)
     }
 
-    /// Fast down, slowly up, and not for trifles.
-    fn move_to(&mut self, free: f64, elapsed_s: f64) {
+    /// Whether there is room enough to give this share at once and see: it lasts for [`ROOM_S`], on the pessimistic side.
+    fn room_lasts(&self, from: Position, limit: f64, share: f64) -> bool {
+        let fit = self.model.pessimistic();
+        let surplus = (share.min(1.0) * fit.touch_rate - fit.drain_rate).max(0.0);
+        useful_bytes(limit) - from.buffer_used_bytes > surplus * ROOM_S
+    }
+
+    /// Fast down, slowly up unless there is room to be wrong, and not for trifles.
+    fn move_to(&mut self, free: f64, room_lasts: bool, elapsed_s: f64) {
         let before = self.command.cpu_ratio;
         let target = free.min(self.stall_ratio).clamp(self.least(), 1.0);
         let is_trifle = target < 1.0 && target - before < HYSTERESIS_RATIO;
-        let after = if target < before {
+        let after = if target < before || (room_lasts && !is_trifle) {
             target
         } else if is_trifle {
             before
@@ -460,8 +480,12 @@ impl Controller {
         let alone = self.model.touch_rate_at(number(now.saved_bytes));
         let kept = match now.cpu_ratio {
             Some(measured) => measured,
-            // Of a guest that is held up is left what it touches, out of what it would.
-            None if is_held_up(now) && alone > 0.0 => {
+            // Of a guest that is held up is left what it touches, out of what it would. If it touches much less than the
+            // disk takes, then it has room, and no wish to write.
+            None if is_held_up(now)
+                && seen.touched_bytes > seen.drained_bytes * WAITING_RATIO
+                && alone > 0.0 =>
+            {
                 (seen.touched_bytes / seen.elapsed_s / alone).min(in_force)
             }
             None => in_force,
@@ -486,6 +510,25 @@ impl Controller {
             evidence_s,
         }
     }
+}
+
+/// How much of a buffer with this bound is planned with, in bytes.
+fn useful_bytes(limit: f64) -> f64 {
+    SWEEP_BYTES + (limit - SWEEP_BYTES).max(0.0) * USEFUL_RATIO
+}
+
+/// The largest share for which this holds, to within a 32nd of what there is between `least` and 1; `least` if
+/// there is none.
+fn largest_share(least: f64, holds: impl Fn(f64) -> bool) -> f64 {
+    if least >= 1.0 || holds(1.0) {
+        return 1.0;
+    }
+    let (mut best, mut too_much) = (least, 1.0);
+    for _ in 0..BISECTIONS {
+        let middle = f64::midpoint(best, too_much);
+        if holds(middle) { best = middle } else { too_much = middle }
+    }
+    best
 }
 
 /// Whether the buffer is so full that writers are slowed down.

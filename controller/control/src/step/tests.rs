@@ -101,17 +101,29 @@ fn a_guest_that_is_too_fast_comes_to_rest_at_the_pace_of_the_disk() {
     assert_eq!(command.abort, None);
     assert!((command.cpu_ratio - 2.0 / 3.0).abs() < 0.03, "{command:?}");
     let used = number(plant.sample.buffer_used_bytes) / number(plant.sample.buffer_limit_bytes);
-    assert!(used > 0.2 && used < 0.4, "{used} of the buffer is in use");
+    assert!(used > 0.2 && used < HELD_UP_RATIO, "{used} of the buffer is in use");
 }
 
 #[test]
-fn cpu_time_is_given_back_slowly_when_the_guest_calms_down() {
+fn cpu_time_is_given_back_at_once_where_there_is_room_to_be_wrong() {
+    let mut plant = Plant::new(policy(), 1e9, 400e6).throttled();
+    plant.ticks(100);
+    plant.touch_rate = 10e6;
+    let before = plant.cpu_ratio;
+    plant.sample.buffer_used_bytes = 32 << 20;
+    let after = (0..10).map(|_| plant.tick().cpu_ratio).fold(0.0, f64::max);
+    assert!(before < 0.6 && after >= 1.0, "from {before} to {after}");
+}
+
+#[test]
+fn cpu_time_is_given_back_slowly_where_much_of_the_buffer_is_in_use() {
     let mut plant = Plant::new(policy(), 1e9, 400e6).throttled();
     plant.ticks(100);
     plant.touch_rate = 100e6;
     let before = plant.cpu_ratio;
     let mut last = before;
     for _ in 0..60 {
+        plant.sample.buffer_used_bytes = GIB / 10 * 6;
         let command = plant.tick();
         assert!(command.cpu_ratio <= last + RELEASE_PER_S * TICK_S + 1e-9, "{command:?}");
         last = command.cpu_ratio;
@@ -145,12 +157,13 @@ fn the_buffer_leaves_the_host_its_memory_and_shrinks_under_pressure() {
 
 #[test]
 fn what_cannot_be_kept_is_given_up_before_the_buffer_is_full() {
-    let mut plant = Plant::new(policy(), 3e9, 400e6);
-    let abort = (0..100).find_map(|_| plant.tick().abort).unwrap();
+    let policy = Policy { buffer_bytes_max: 4 * GIB, ..policy() };
+    let mut plant = Plant::new(policy, 3e9, 400e6);
+    let abort = (0..200).find_map(|_| plant.tick().abort).unwrap();
     assert_eq!(abort.reason, AbortReason::BufferOverflow);
     assert!(abort.evidence_s >= EVIDENCE_S - 1e-6, "{abort:?}");
     assert!(abort.touch_rate > 2.5e9 && abort.drain_rate < 0.5e9, "{abort:?}");
-    assert!(plant.sample.buffer_used_bytes < GIB * 95 / 100, "{:?}", plant.sample);
+    assert!(plant.sample.buffer_used_bytes < 4 * GIB * 95 / 100, "{:?}", plant.sample);
 }
 
 #[test]
@@ -281,6 +294,160 @@ fn virtual_cpus_that_do_not_write_keep_their_time() {
     let shares = plant.controller.vcpu_shares();
     assert!(shares[0] < 0.6, "{shares:?}");
     assert!((shares[1] - 1.0).abs() < 1e-9, "{shares:?}");
+}
+
+#[test]
+fn virtual_cpus_are_cut_by_what_they_would_write_and_not_by_what_is_left_of_it() {
+    let mut plant = Plant::new(policy(), 800e6, 400e6);
+    let mut touched = [0; 2];
+    for _ in 0..400 {
+        let shares: [f64; 2] = plant.controller.vcpu_shares().try_into().unwrap();
+        let writes = [0.75 * shares[0], 0.25 * shares[1]];
+        plant.cpu_ratio = writes.iter().sum();
+        plant.advance();
+        for (bytes, part) in touched.iter_mut().zip(writes) {
+            *bytes += count(plant.touch_rate * part * TICK_S);
+        }
+        let sample = plant.sample;
+        plant.controller.step(Some(&sample), &touched, TICK_S);
+    }
+    let cuts: Vec<f64> = plant.controller.vcpu_shares().iter().map(|share| 1.0 - share).collect();
+    assert!(cuts[1] > 0.1 && (cuts[0] / cuts[1] - 3.0).abs() < 0.2, "{cuts:?}");
+}
+
+#[test]
+fn trifles_are_not_given_back_and_the_rest_at_once_only_where_room_lasts() {
+    let mut controller = Controller::new(policy(), 1).unwrap();
+    controller.command.cpu_ratio = 0.5;
+    let slow = 0.5 + RELEASE_PER_S * TICK_S;
+    let steps = [(0.52, true, 0.5), (0.6, false, slow), (0.4, true, 0.4), (0.8, true, 0.8)];
+    for (free, room_lasts, after) in steps {
+        controller.move_to(free, room_lasts, TICK_S);
+        assert!((controller.command.cpu_ratio - after).abs() < 1e-9, "{free}: {controller:?}");
+    }
+}
+
+#[test]
+fn an_old_sample_and_a_long_regime_call_for_more_room() {
+    // Even the least share is more than this disk takes.
+    let mut plant = Plant::new(policy(), 1.5e9, 400e6);
+    plant.ticks(8);
+    plant.controller.command.cpu_ratio = 1.0;
+    let from = position(32 * GIB, GIB / 16);
+    let free = |plant: &Plant, age_s| plant.controller.free_ratio(from, number(GIB), age_s);
+    let before = free(&plant, 0.0);
+    assert!(free(&plant, 0.1) < before - 0.1);
+    for _ in 0..60 {
+        plant.sample.buffer_used_bytes = GIB / 16;
+        plant.tick();
+    }
+    let after = free(&plant, 0.0);
+    assert!(after < before - 0.1, "{after} and {before}");
+}
+
+#[test]
+fn the_deadline_counts_from_the_first_sample() {
+    let mut plant =
+        Plant::new(Policy { deadline_ns: Some(200_000_000_000), ..policy() }, 10e6, 400e6);
+    assert_eq!(plant.ticks(2000).abort, None);
+    // What is left would take 140 s. There are 100 s, of 200.
+    plant.drain_rate = 200e6;
+    let abort = (0..1200).find_map(|_| plant.tick().abort).unwrap();
+    assert_eq!(abort.reason, AbortReason::Deadline);
+}
+
+#[test]
+fn what_writers_keep_is_estimated_where_it_is_not_measured() {
+    let mut plant = Plant::new(policy(), 400e6, 400e6);
+    plant.ticks(40);
+    plant.drain_rate = 4e6;
+    let abort = (0..400).find_map(|_| plant.tick().abort).unwrap();
+    assert_eq!(abort.reason, AbortReason::MinCpu);
+}
+
+#[test]
+fn what_fits_anyway_is_left_alone_although_more_is_in_use_than_is_planned_with() {
+    let mut plant = Plant::new(policy(), 1e9, 400e6);
+    for _ in 0..40 {
+        // A hot set of which half is taken in a second at first.
+        plant.touch_rate *= 1.0 - 0.5 * plant.cpu_ratio * TICK_S;
+        plant.tick();
+    }
+    let (from, limit) = (position(60 * GIB, GIB / 2), number(GIB));
+    assert!(from.buffer_used_bytes > useful_bytes(limit));
+    assert!(plant.controller.free_ratio(from, limit, 0.0) >= 1.0);
+}
+
+#[test]
+fn the_largest_share_that_holds_is_found() {
+    for most in [0.3, 0.55, 0.8] {
+        let found = largest_share(0.3, |share| share <= most);
+        assert!(found <= most && most - found < 0.03, "{found} instead of {most}");
+    }
+    assert!((largest_share(0.3, |_| false) - 0.3).abs() < 1e-9);
+    assert!((largest_share(0.3, |_| true) - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn room_that_the_guest_would_use_up_within_a_second_is_not_enough_to_give_it_all() {
+    let mut plant = Plant::new(policy(), 800e6, 400e6);
+    plant.ticks(20);
+    let lasts =
+        |share| plant.controller.room_lasts(position(60 * GIB, 40 << 20), number(GIB), share);
+    assert!(lasts(0.5) && !lasts(1.0));
+}
+
+#[test]
+fn a_rest_that_fits_into_the_buffer_needs_no_throttle() {
+    let mut plant = Plant::new(policy(), 3e9, 400e6);
+    plant.ticks(10);
+    let free = |rest| plant.controller.free_ratio(position(rest, GIB / 2), number(GIB), 0.0);
+    assert!(free(GIB / 2) >= 1.0 && free(GIB) < 1.0);
+}
+
+#[test]
+fn a_snapshot_is_given_up_with_how_sure_its_forecast_is() {
+    let policy = Policy { buffer_bytes_max: 4 * GIB, ..policy() };
+    let mut plant = Plant::new(policy, 3e9, 400e6);
+    let abort = (0..200).find_map(|_| plant.tick().abort).unwrap();
+    assert!(abort.forecast.confidence_ratio >= 0.75, "{abort:?}");
+}
+
+#[test]
+fn who_has_room_and_writes_nothing_is_not_held_up() {
+    let mut plant = Plant::new(policy(), 600e6, 400e6);
+    plant.ticks(40);
+    for _ in 0..60 {
+        plant.touch_rate = 0.0;
+        plant.drain_rate = 20e6;
+        plant.sample.buffer_used_bytes = GIB / 10 * 8;
+        assert_eq!(plant.tick().abort, None);
+    }
+}
+
+#[test]
+fn the_bound_never_goes_below_what_is_in_use() {
+    let mut plant = Plant::new(policy(), 2e9, 400e6);
+    plant.ticks(20);
+    plant.drain_rate = 0.0;
+    plant.sample.host = Some(Host { available_bytes: 0, memory_pressure_ratio: 0.9 });
+    for _ in 0..20 {
+        let used = plant.sample.buffer_used_bytes;
+        assert!(plant.tick().buffer_limit_bytes >= used.min(plant.sample.buffer_limit_bytes));
+    }
+}
+
+#[test]
+fn a_few_absurd_samples_that_do_not_follow_each_other_are_no_new_beginning() {
+    let mut plant = Plant::new(policy(), 200e6, 400e6);
+    plant.ticks(20);
+    for _ in 0..10 {
+        plant.advance();
+        let absurd = Sample { touched_bytes: 0, ..plant.sample };
+        let seen = plant.give(Some(&absurd)).because;
+        assert_eq!(seen, Because::SampleAbsurd(Absurdity::CounterBackwards));
+        assert_eq!(plant.tick().because, Because::Fits);
+    }
 }
 
 #[test]
