@@ -119,6 +119,41 @@ fn a_snapshot_is_taken_followed_and_restored() {
     assert!(after.workers[0] > window.newest[0], "{after:?} {window:?}");
 }
 
+/// A forecast leaves nothing behind, and says why a snapshot would be refused.
+#[test]
+fn a_snapshot_is_forecast_before_it_is_taken() {
+    if !is_root_or_skip("a forecast for another process").unwrap() {
+        return;
+    }
+    let mut qemu = boot();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], "").unwrap();
+    let plan = |request: Value| daemon.post("/snapshot/plan", &[], &request).unwrap();
+    let easy = plan(json!({"vm": "vm1", "policy": {"buffer_bytes": 512 << 20}}));
+    assert_eq!((easy.status, &easy.body["is_feasible"]), (200, &json!(true)), "{easy:?}");
+    assert_eq!(easy.body["error"], Value::Null, "{easy:?}");
+    let late =
+        plan(json!({"vm": "vm1", "destination": "a/b", "policy": {"deadline_seconds": 0.001}}));
+    assert_eq!((late.status, &late.body["is_feasible"]), (200, &json!(false)), "{late:?}");
+    assert_eq!(late.body["error"]["reason"], "deadline", "{late:?}");
+    assert_eq!(late.body["forecast"]["verdict"], "infeasible", "{late:?}");
+    for (request, reason) in [
+        (json!({"vm": "vm2"}), "unknown_vm"),
+        (json!({"vm": "vm1", "destination": "../a"}), "bad_destination"),
+        (json!({"vm": "vm1", "policy": {"min_cpu_ratio": 7}}), "bad_argument"),
+    ] {
+        let refused = plan(request);
+        assert!((400..500).contains(&refused.status), "{refused:?}");
+        assert_eq!(refused.body["reason"], reason, "{refused:?}");
+    }
+    expect_no_trace(&mut qemu, &dir.path().join("snapshots"));
+
+    let taken_up = daemon.post("/snapshot", &[], &slow_request("vm1")).unwrap();
+    let busy = plan(request("vm1"));
+    assert_eq!((busy.status, &busy.body["reason"]), (409, &json!("busy")), "{busy:?}");
+    assert_eq!(busy.body["operation"], path_of(&taken_up.body).as_str(), "{busy:?}");
+}
+
 /// A snapshot that would take minutes ends soon once it may write as fast as the disk does; who follows it sees all of that,
 /// and who does not read holds nobody up.
 #[test]
@@ -279,8 +314,13 @@ fn two_virtual_machines_are_snapshotted_at_once() {
     }
     let (first, second) = (boot(), boot());
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let daemon =
-        Daemon::serve(dir.path(), &[("vm1", &first), ("vm2", &second)], "running_max = 2").unwrap();
+    let budget = "running_max = 2
+        budget.buffer_bytes = 134217728
+        budget.bandwidth_bytes_per_second = 1073741824";
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &first), ("vm2", &second)], budget).unwrap();
+    let huge = json!({"vm": "vm1", "policy": {"buffer_bytes": 1 << 30}});
+    let refused = daemon.post("/snapshot", &[], &huge).unwrap();
+    assert_eq!((refused.status, &refused.body["reason"]), (422, &json!("over_budget")));
     let [one, other] = ["vm1", "vm2"].map(|vm| {
         let taken_up = daemon.post("/snapshot", &[], &slow_request(vm)).unwrap();
         assert_eq!(taken_up.status, 202, "{taken_up:?}");
@@ -289,19 +329,31 @@ fn two_virtual_machines_are_snapshotted_at_once() {
     for path in [&one, &other] {
         daemon.wait_state(path, "copying").unwrap();
     }
+    // Each has what it asked for; one cannot have what the other has.
+    let change = |path: &str, limits: &str| {
+        let json = [("Content-Type", "application/json")];
+        daemon.call("PATCH", &format!("{path}/policy"), &json, limits).unwrap()
+    };
+    for path in [&one, &other] {
+        let granted = &daemon.get(path).unwrap().body["granted"];
+        let asked = json!({"buffer_bytes": 16 << 20, "max_bandwidth_bytes_per_second": 1 << 20});
+        assert_eq!(*granted, asked);
+    }
+    let refused = change(&one, r#"{"buffer_bytes": 130000000}"#);
+    assert_eq!((refused.status, &refused.body["reason"]), (422, &json!("limits_refused")));
     // One is hurried on and ends; the other does not notice.
-    let (json, fast) =
-        ([("Content-Type", "application/json")], r#"{"max_bandwidth_bytes_per_second": null}"#);
+    let fast = r#"{"max_bandwidth_bytes_per_second": null}"#;
     let hurry = |path: &str| {
-        let changed = daemon.call("PATCH", &format!("{path}/policy"), &json, fast).unwrap();
+        let changed = change(path, fast);
         assert_eq!(changed.status, 200, "{changed:?}");
         let completed = daemon.wait_state(path, "completed").unwrap();
         let snapshot = Path::new(completed["destination"].as_str().unwrap()).to_owned();
         assert_eq!(check_files(&snapshot.join("ram.mapped-ram"), None).unwrap().inconsistent, 0);
+        completed["granted"]["max_bandwidth_bytes_per_second"].as_u64().unwrap()
     };
-    hurry(&other);
+    assert_eq!(hurry(&other), (1 << 30) - (1 << 20), "all but what the other wants");
     assert_eq!(daemon.get(&one).unwrap().body["state"], "copying");
-    hurry(&one);
+    assert_eq!(hurry(&one), 1 << 30);
 }
 
 /// By the program's own client, which ends as the snapshot does.

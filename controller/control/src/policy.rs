@@ -3,7 +3,7 @@
 use core::fmt;
 
 /// Most of the copy buffer where the operator says nothing, in bytes.
-const BUFFER_BYTES_DEFAULT: u64 = 1 << 30;
+pub const BUFFER_BYTES_DEFAULT: u64 = 1 << 30;
 
 /// Least copy buffer that can work: some extents of 2 MiB for the sweep and for each fault thread, in bytes.
 pub const BUFFER_BYTES_MIN: u64 = 64 << 20;

@@ -89,9 +89,10 @@ pub const ISSUERS: [&str; 2] = ["livesnap", "others"];
 /// A route of the HTTP interface.
 pub const ROUTE: Label = Label { name: "route", values: Values::Closed(&ROUTES) };
 /// Values of `route`: templates, never paths, and `other` for what is no route.
-pub const ROUTES: [&str; 12] = [
+pub const ROUTES: [&str; 13] = [
     "/",
     "/snapshot",
+    "/snapshot/plan",
     "/snapshot/{id}",
     "/snapshot/{id}/events",
     "/snapshot/{id}/abort",

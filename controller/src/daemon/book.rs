@@ -8,12 +8,16 @@
 mod tests;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 
+use livesnap_control::policy::BUFFER_BYTES_DEFAULT;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use snapshot_core::Reason;
 
+use super::budget::{Budget, Grant, divide};
 use super::operation::{Ended, Operation, OperationError, Progress, Request, State};
+use super::policy::Policy;
 use crate::control_loop::Change;
 
 /// Added to the version of what a restart changes. Not every version is kept on disk, and none may come twice.
@@ -28,6 +32,30 @@ pub struct Bounds {
     pub queued_max: usize,
     /// Ended operations that are remembered; the oldest are forgotten.
     pub remembered_max: usize,
+    /// What those that run share.
+    pub budget: Budget,
+}
+
+impl Bounds {
+    /// What a snapshot within `policy` has if it is the only one.
+    pub fn alone(&self, policy: &Policy) -> Grant {
+        let wish = policy.max_bandwidth_bytes_per_second;
+        Grant {
+            buffer_bytes: self.buffer(policy),
+            max_bandwidth_bytes_per_second: self
+                .budget
+                .bandwidth_bytes_per_second
+                .and_then(|total| divide(total, &[wish]).first().copied()),
+        }
+    }
+
+    /// The buffer of a snapshot within `policy`, if there is a budget: what it asks for, or an even share.
+    fn buffer(&self, policy: &Policy) -> Option<u64> {
+        let total = self.budget.buffer_bytes?;
+        let even = (total / self.running_max.max(1) as u64).min(BUFFER_BYTES_DEFAULT);
+        // The budget may have been a greater one when it was asked for.
+        Some(policy.buffer_bytes.unwrap_or(even).min(total))
+    }
 }
 
 /// An operation with what it was asked by, as it is kept over a restart.
@@ -48,6 +76,8 @@ pub enum Action {
     Start(String),
     /// Its process is to end: [`Book::told`], then tell it so.
     Terminate(String),
+    /// Its process may write so many bytes a second now: [`Book::share`], then tell it so.
+    Share(String, NonZeroU64),
     /// It is beyond what is remembered: [`Book::forget`].
     Forget(String),
 }
@@ -89,6 +119,16 @@ pub enum Rejected {
         /// What it was used for.
         id: String,
     },
+    /// It would wait forever.
+    #[error(
+        "policy.buffer_bytes is {bytes}, and the buffers of all snapshots together may have {total}: ask for less"
+    )]
+    OverBudget {
+        /// What was asked for.
+        bytes: u64,
+        /// What there is.
+        total: u64,
+    },
     /// The queue has a limit.
     #[error("{max} operations wait for their turn, which is the limit: ask again later")]
     QueueFull {
@@ -98,6 +138,18 @@ pub enum Rejected {
     /// The daemon ends.
     #[error("the daemon is ending and takes up nothing new: ask again when it is back")]
     Closing,
+}
+
+/// A buffer does not fit beside those of the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a buffer of {bytes} bytes does not fit beside those of others into the host's budget of {total}: ask for less, or wait for their end"
+)]
+pub struct OverBudget {
+    /// What was asked for.
+    bytes: u64,
+    /// What all have together.
+    total: u64,
 }
 
 /// Why an operation cannot be forgotten.
@@ -197,13 +249,14 @@ impl Book {
         let id = match self.find_by_key(key, request)? {
             Some(known) => known,
             None => {
-                self.may_submit(&request.vm, destination)?;
+                self.may_submit(request, destination)?;
                 let record = Record {
                     operation: Operation {
                         id: id.into(),
                         vm: request.vm.clone(),
                         destination: destination.into(),
                         policy: request.policy.clone(),
+                        granted: None,
                         state: State::Queued,
                         version: 1,
                         created_at: now.into(),
@@ -240,17 +293,23 @@ impl Book {
         }
     }
 
-    fn may_submit(&self, vm: &str, destination: &str) -> Result<(), Rejected> {
+    fn may_submit(&self, request: &Request, destination: &str) -> Result<(), Rejected> {
+        let Request { vm, policy, .. } = request;
         let unfinished = || self.operations().filter(|known| !known.state.is_final());
         if self.closing.is_some() {
             return Err(Rejected::Closing);
         }
-        if let Some(busy) = unfinished().find(|known| known.vm == vm) {
-            return Err(Rejected::Busy { vm: vm.into(), id: busy.id.clone() });
+        if let Some(busy) = unfinished().find(|known| known.vm == *vm) {
+            return Err(Rejected::Busy { vm: vm.clone(), id: busy.id.clone() });
         }
         if let Some(taken) = unfinished().find(|known| known.destination == destination) {
             let (destination, id) = (destination.into(), taken.id.clone());
             return Err(Rejected::DestinationTaken { destination, id });
+        }
+        if let (Some(total), Some(bytes)) = (self.bounds.budget.buffer_bytes, policy.buffer_bytes)
+            && bytes > total
+        {
+            return Err(Rejected::OverBudget { bytes, total });
         }
         if self.count(|state| state == State::Queued) >= self.bounds.queued_max {
             return Err(Rejected::QueueFull { max: self.bounds.queued_max });
@@ -272,17 +331,86 @@ impl Book {
             return of(&|entry| state(entry).is_final()).map(Action::Forget);
         }
         if self.closing.is_none() && self.count(State::is_running) < self.bounds.running_max {
-            return of(&|entry| state(entry) == State::Queued).map(Action::Start);
+            // One that needs much is not overtaken by those that need less, or its turn might never come.
+            let next = of(&|entry| state(entry) == State::Queued);
+            if let Some(id) = next.filter(|id| self.has_buffer_for(id)) {
+                return Some(Action::Start(id));
+            }
         }
-        None
+        let mut shares = self.shares().into_iter();
+        shares
+            .find(|(id, share)| self.granted(id).max_bandwidth_bytes_per_second != Some(*share))
+            .map(|(id, share)| Action::Share(id.to_owned(), share))
+    }
+
+    fn granted(&self, id: &str) -> Grant {
+        self.get(id).and_then(|record| record.operation.granted).unwrap_or_default()
+    }
+
+    /// Whether the buffer of a snapshot that waits, or that it would get instead, fits beside those of the others that run.
+    fn has_buffer_for(&self, id: &str) -> bool {
+        let wanted = self.get(id).and_then(|known| self.bounds.buffer(&known.operation.policy));
+        self.has_room(id, wanted)
+    }
+
+    fn has_room(&self, id: &str, wanted: Option<u64>) -> bool {
+        let (Some(total), Some(wanted)) = (self.bounds.budget.buffer_bytes, wanted) else {
+            return true;
+        };
+        let others = self.operations().filter(|known| known.state.is_running() && known.id != id);
+        let taken: u64 = others.filter_map(|known| known.granted?.buffer_bytes).sum();
+        taken.saturating_add(wanted) <= total
+    }
+
+    /// What each operation that may write has of the disk's budget; empty without one.
+    fn shares(&self) -> Vec<(&str, NonZeroU64)> {
+        let Some(total) = self.bounds.budget.bandwidth_bytes_per_second else { return Vec::new() };
+        let is_writing = |state: State| state.is_running() && state != State::Aborting;
+        let writing = || self.operations().filter(|known| is_writing(known.state));
+        let wishes: Vec<_> =
+            writing().map(|known| known.policy.max_bandwidth_bytes_per_second).collect();
+        writing().map(|known| known.id.as_str()).zip(divide(total, &wishes)).collect()
     }
 
     /// Its process is being started.
     pub fn start(&mut self, id: &str, now: &str) {
+        let bounds = self.bounds;
         self.change(id, |entry| {
-            entry.record.operation.state = State::Preparing;
-            entry.record.operation.started_at = Some(now.into());
+            let operation = &mut entry.record.operation;
+            operation.state = State::Preparing;
+            operation.started_at = Some(now.into());
+            let buffer_bytes = bounds.buffer(&operation.policy);
+            operation.granted = Some(Grant { buffer_bytes, ..Grant::default() });
         });
+        let share =
+            self.shares().into_iter().find(|(known, _)| *known == id).map(|(_, share)| share);
+        if let Some(share) = share {
+            self.share(id, share);
+        }
+    }
+
+    /// It may write so many bytes a second.
+    pub fn share(&mut self, id: &str, share: NonZeroU64) {
+        self.change(id, |entry| {
+            let granted = entry.record.operation.granted.get_or_insert_default();
+            granted.max_bandwidth_bytes_per_second = Some(share);
+        });
+    }
+
+    /// Whether limits may be changed as far as others are concerned.
+    ///
+    /// # Errors
+    /// If its buffer would not fit beside those of others.
+    pub fn may_change(&self, id: &str, change: &Change) -> Result<(), OverBudget> {
+        let (Some(bytes), Some(total)) = (change.buffer_bytes, self.bounds.budget.buffer_bytes)
+        else {
+            return Ok(());
+        };
+        let is_running = self.get(id).is_some_and(|known| known.operation.state.is_running());
+        if bytes > total || is_running && !self.has_room(id, Some(bytes)) {
+            return Err(OverBudget { bytes, total });
+        }
+        Ok(())
     }
 
     /// Its process was told to end.
@@ -315,6 +443,9 @@ impl Book {
         self.change(id, |entry| {
             let operation = &mut entry.record.operation;
             operation.policy = operation.policy.changed(change);
+            if let (Some(granted), Some(bytes)) = (&mut operation.granted, change.buffer_bytes) {
+                granted.buffer_bytes = granted.buffer_bytes.map(|_| bytes);
+            }
         });
     }
 

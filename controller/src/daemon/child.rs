@@ -8,6 +8,7 @@
 //! the guest runs on however it ends. It is told to end when the daemon does, by the kernel.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
@@ -19,9 +20,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use snapshot_core::{Phase, Reason};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
@@ -77,6 +78,9 @@ pub struct Change {
     pub answer: oneshot::Sender<Result<(), String>>,
 }
 
+/// The process's share of the disk, if there is a budget; only the newest counts.
+pub type Bandwidth = watch::Receiver<Option<NonZeroU64>>;
+
 /// What it tells the supervisor.
 #[derive(Debug)]
 pub enum Told {
@@ -93,11 +97,16 @@ pub enum Told {
 /// Runs a snapshot from beginning to end.
 ///
 /// Must be called on the daemon's main thread: the kernel ends the process with the thread that started it.
-pub async fn run(task: Task, mut orders: Receiver<Order>, told: Sender<(String, Told)>) {
+pub async fn run(
+    task: Task,
+    mut orders: Receiver<Order>,
+    mut bandwidth: Bandwidth,
+    told: Sender<(String, Told)>,
+) {
     let id = task.id.clone();
     let _turn = task.vm.turn.clone().lock_owned().await;
     let ended = match start(task).await {
-        Ok(child) => follow(&id, child, &mut orders, &told).await,
+        Ok(child) => follow(&id, child, &mut orders, &mut bandwidth, &told).await,
         Err(error) => without(Reason::BadDestination, error.to_string()),
     };
     // Nobody is left to hear it if this fails.
@@ -116,19 +125,27 @@ enum StartError {
 async fn start(task: Task) -> Result<Child, StartError> {
     let place = task.place.clone();
     let directory = spawn_blocking(move || place.open()).await.map_err(io::Error::other)??;
-    Ok(command(&task, &directory).spawn()?)
+    Ok(snapshot(&task, &directory).spawn()?)
 }
 
-fn command(task: &Task, directory: &OwnedFd) -> Command {
-    let mut command = child_of::command(OWN_PROGRAM);
-    command.args(["snapshot", "--json-lines", "--policy-updates", "--qmp"]).arg(&task.vm.qmp);
-    command.arg("--out").arg(task.place.name());
+fn snapshot(task: &Task, directory: &OwnedFd) -> Command {
+    let mut command = command(&["snapshot", "--json-lines", "--policy-updates"], directory);
+    command.arg("--qmp").arg(&task.vm.qmp).arg("--out").arg(task.place.name());
     command.arg("--state-dir").arg(&task.runtime_dir).args(task.policy.arguments());
+    command.stdin(Stdio::piped());
+    command
+}
+
+/// This program with `arguments`, at work in `directory`, whose standard output is read; it is told to end when the thread
+/// that starts it does.
+pub fn command(arguments: &[&str], directory: &OwnedFd) -> Command {
+    let mut command = child_of::command(OWN_PROGRAM);
+    command.args(arguments);
     // The very directory that was checked, wherever its name leads by now.
     command.current_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()));
-    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.stdout(Stdio::piped());
     let mut command = Command::from(command);
-    // Ctrl-C is for the daemon, which decides what it means for the snapshot.
+    // Ctrl-C is for the daemon, which decides what it means for the process.
     command.process_group(0);
     command
 }
@@ -138,6 +155,7 @@ async fn follow(
     id: &str,
     mut child: Child,
     orders: &mut Receiver<Order>,
+    bandwidth: &mut Bandwidth,
     told: &Sender<(String, Told)>,
 ) -> Ended {
     let pid = child.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
@@ -159,16 +177,23 @@ async fn follow(
                     }
                 }
                 Order::Change(change) => {
-                    let line = line(&change.policy);
+                    let wire = within(&change.policy, *bandwidth.borrow());
                     // Answers come in the order of lines. A process that takes none has enough to read for now.
-                    if let Err(refused) = asked.try_send(change) {
-                        let _ = refused.into_inner().answer.send(Err(BUSY.into()));
-                    } else {
-                        let written = timeout(LINE_LIMIT, stdin.write_all(line.as_bytes())).await;
-                        if !matches!(written, Ok(Ok(()))) {
-                            tracing::warn!(operation = id, "the snapshot's process takes no other limits");
+                    if let Err(refused) = asked.try_send(Some(change)) {
+                        if let Some(change) = refused.into_inner() {
+                            let _ = change.answer.send(Err(BUSY.into()));
                         }
+                    } else {
+                        tell(id, &mut stdin, &wire).await;
                     }
+                }
+            },
+            Ok(()) = bandwidth.changed(), if asked.capacity() > 0 => {
+                let share = *bandwidth.borrow_and_update();
+                let max_bandwidth_bytes_per_second = Some(share);
+                let wire = control_loop::Change { max_bandwidth_bytes_per_second, ..Default::default() };
+                if asked.try_send(None).is_ok() {
+                    tell(id, &mut stdin, &wire).await;
                 }
             }
         }
@@ -184,6 +209,25 @@ async fn follow(
     last.unwrap_or_else(|| unreported(status, is_told))
 }
 
+/// The same change, with no more than its share of the disk: what that becomes by the change is told afterwards.
+fn within(change: &control_loop::Change, share: Option<NonZeroU64>) -> control_loop::Change {
+    let Some(share) = share else { return *change };
+    let bounded = |wish: Option<NonZeroU64>| Some(wish.map_or(share, |wish| wish.min(share)));
+    control_loop::Change {
+        max_bandwidth_bytes_per_second: change.max_bandwidth_bytes_per_second.map(bounded),
+        ..*change
+    }
+}
+
+/// Has a process keep other limits.
+async fn tell(id: &str, stdin: &mut ChildStdin, change: &control_loop::Change) {
+    let line = line(change);
+    let written = timeout(LINE_LIMIT, stdin.write_all(line.as_bytes())).await;
+    if !matches!(written, Ok(Ok(()))) {
+        tracing::warn!(operation = id, "the snapshot's process takes no other limits");
+    }
+}
+
 /// A change of limits as the process reads it.
 fn line(change: &control_loop::Change) -> String {
     format!("{}\n", serde_json::json!(change))
@@ -193,7 +237,7 @@ fn line(change: &control_loop::Change) -> String {
 async fn read(
     id: String,
     stdout: ChildStdout,
-    mut changes: Receiver<Change>,
+    mut changes: Receiver<Option<Change>>,
     told: Sender<(String, Told)>,
 ) -> Option<Ended> {
     let mut reader = BufReader::new(stdout);
@@ -208,11 +252,15 @@ async fn read(
             Ok(News::Told(Told::Ended(ended))) => return Some(ended),
             // As long as the supervisor is busy it tells nothing more: the process keeps the newest for itself.
             Ok(News::Told(news)) => told.send((id.clone(), news)).await.ok()?,
-            Ok(News::Answer(answer)) => {
-                if let Ok(change) = changes.try_recv() {
+            Ok(News::Answer(answer)) => match (changes.try_recv(), answer) {
+                (Ok(Some(change)), answer) => {
                     told.send((id.clone(), Told::Changed(change, answer))).await.ok()?;
                 }
-            }
+                (_, Err(detail)) => {
+                    tracing::warn!(operation = id, detail, "its share of the disk is not taken");
+                }
+                (_, Ok(())) => {}
+            },
             Ok(News::Other) => {}
             Err(error) => tracing::warn!(operation = id, %error, "not understood"),
         }
@@ -337,6 +385,20 @@ mod tests {
         assert!(line.ends_with('\n'), "{line:?}");
         let told: Value = serde_json::from_str(&line).unwrap();
         assert_eq!(told, serde_json::from_str::<Value>(text).unwrap());
+    }
+
+    #[test]
+    fn no_change_asks_for_more_than_the_share_of_the_disk() {
+        let told = |text: &str, share| {
+            let change: control_loop::Change = serde_json::from_str(text).unwrap();
+            serde_json::json!(within(&change, NonZeroU64::new(share))).to_string()
+        };
+        for (wish, told_then) in [("9", "7"), ("5", "5"), ("null", "7")] {
+            let text = |value: &str| format!(r#"{{"max_bandwidth_bytes_per_second":{value}}}"#);
+            assert_eq!(told(&text(wish), 7), text(told_then));
+            assert_eq!(told(&text(wish), 0), text(wish), "there is no budget");
+        }
+        assert_eq!(told(r#"{"buffer_bytes":9}"#, 7), r#"{"buffer_bytes":9}"#);
     }
 
     #[test]

@@ -5,9 +5,11 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 
+use livesnap_control::policy::BUFFER_BYTES_MIN;
 use serde::Deserialize;
 
 use super::book::{Bounds, Shutdown};
+use super::budget::Budget;
 use super::discovery::Pattern;
 use super::name::{NAME_RULE, is_name};
 
@@ -31,6 +33,8 @@ pub struct Config {
     pub queued_max: usize,
     /// Ended operations that are remembered.
     pub remembered_max: usize,
+    /// What all snapshots that run share.
+    pub budget: Budget,
     /// What becomes of running snapshots when the daemon is told to end.
     pub shutdown: Shutdown,
     /// What clients may take.
@@ -92,6 +96,7 @@ impl Default for Config {
             running_max: 1,
             queued_max: 16,
             remembered_max: 1000,
+            budget: Budget::default(),
             shutdown: Shutdown::Abort,
             http: HttpLimits::default(),
             tcp: None,
@@ -189,7 +194,11 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
+        // Each must be able to have a buffer that can be forecast.
+        let buffers_min = BUFFER_BYTES_MIN.saturating_mul(self.running_max as u64);
+        let buffers = self.budget.buffer_bytes.unwrap_or(buffers_min);
         for (key, value, least) in [
+            ("budget.buffer_bytes", buffers, buffers_min),
             ("running_max", self.running_max as u64, 1),
             ("queued_max", self.queued_max as u64, 1),
             ("look_seconds", self.look_seconds, 1),
@@ -232,8 +241,8 @@ impl Config {
 
     /// How much is allowed at once.
     pub const fn bounds(&self) -> Bounds {
-        let &Self { running_max, queued_max, remembered_max, .. } = self;
-        Bounds { running_max, queued_max, remembered_max }
+        let &Self { running_max, queued_max, remembered_max, budget, .. } = self;
+        Bounds { running_max, queued_max, remembered_max, budget }
     }
 }
 
@@ -267,7 +276,7 @@ mod tests {
                 error.split_once("expected one of").or(error.split_once("expected")).unwrap();
             known.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>()
         };
-        for table in ["", "[http]", "[tcp]", "[[vm]]"] {
+        for table in ["", "[http]", "[tcp]", "[budget]", "[[vm]]"] {
             let keys = keys_of(table);
             assert!(keys.len() >= 2, "{table}: {keys:?}");
             for key in keys {
@@ -288,6 +297,8 @@ mod tests {
         for (text, word) in [
             ("running_max = 0", "running_max"),
             ("http.header_bytes_max = 100", "header_bytes_max"),
+            ("running_max = 2\nbudget.buffer_bytes = 70000000", "budget.buffer_bytes"),
+            ("budget.bandwidth_bytes_per_second = 0", "nonzero"),
             ("sockets = '/a'", "unknown field"),
             ("discover = ['/run/qmp']", "one '*'"),
             ("shutdown = 'now'", "unknown variant"),

@@ -64,6 +64,23 @@ pub struct Place {
     name: String,
 }
 
+/// A directory that is there, above a place.
+#[derive(Debug)]
+pub struct Nearest {
+    /// Opened without following a link.
+    pub directory: OwnedFd,
+    /// What is to be made in it: the snapshot, or a directory above it.
+    pub name: String,
+}
+
+/// How far one gets below a root.
+#[derive(Debug)]
+struct Way {
+    directory: OwnedFd,
+    /// Parents that were passed.
+    depth: usize,
+}
+
 impl Place {
     /// The place that `wanted` says, or else `VM/ID` below the first of `roots`. Only judges text.
     ///
@@ -140,27 +157,38 @@ impl Place {
     /// # Errors
     /// If a link is in the way, or the file system refuses.
     pub fn open(&self) -> Result<OwnedFd, DestinationError> {
-        let missing = || self.error(Errno::NOENT);
-        self.walk(true)?.ok_or_else(missing)
+        Ok(self.walk(true)?.directory)
+    }
+
+    /// The deepest directory above the snapshot that is there, and what comes below it on the way. Nothing is made.
+    ///
+    /// # Errors
+    /// If a link is in the way, or the file system refuses.
+    pub fn nearest(&self) -> Result<Nearest, DestinationError> {
+        let way = self.walk(false)?;
+        let name = self.parents.get(way.depth).unwrap_or(&self.name).clone();
+        Ok(Nearest { directory: way.directory, name })
     }
 
     /// Removes what a process that was killed has left of a snapshot. One that is being written is left alone.
     pub fn clear(&self) {
         // The partial directory of nobody is taken over, and goes with its new owner.
-        if let Ok(Some(directory)) = self.walk(false) {
+        if let Ok(way) = self.walk(false)
+            && way.depth == self.parents.len()
+        {
             // In the very directory that was checked, wherever its name leads by now.
-            let directory = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string());
+            let directory = Path::new("/proc/self/fd").join(way.directory.as_raw_fd().to_string());
             drop(Staging::create(&directory.join(self.name())));
         }
     }
 
-    /// The directory above the snapshot; nothing if it is missing and not to be made.
-    fn walk(&self, make: bool) -> Result<Option<OwnedFd>, DestinationError> {
+    /// Goes as far towards the snapshot as there are directories, or makes them.
+    fn walk(&self, make: bool) -> Result<Way, DestinationError> {
         let failed = |errno| self.error(errno);
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
         let mut directory = open(&self.root, flags, Mode::empty()).map_err(failed)?;
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        for part in &self.parents {
+        for (depth, part) in self.parents.iter().enumerate() {
             let at = directory.as_fd();
             if make {
                 // A snapshot holds the guest's memory: nobody else looks.
@@ -171,7 +199,7 @@ impl Place {
             }
             let below = match openat2(at, part, flags, Mode::empty(), beneath) {
                 Ok(below) => below,
-                Err(Errno::NOENT) if !make => return Ok(None),
+                Err(Errno::NOENT) if !make => return Ok(Way { directory, depth }),
                 Err(errno) => return Err(failed(errno)),
             };
             directory = below;
@@ -180,7 +208,7 @@ impl Place {
             Ok(found) if FileType::from_raw_mode(found.st_mode) != FileType::Directory => {
                 Err(failed(Errno::NOTDIR))
             }
-            Ok(_) | Err(Errno::NOENT) => Ok(Some(directory)),
+            Ok(_) | Err(Errno::NOENT) => Ok(Way { directory, depth: self.parents.len() }),
             Err(errno) => Err(failed(errno)),
         }
     }
@@ -273,6 +301,9 @@ mod tests {
         }
         assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
 
+        assert_eq!(place("new/er/snapshot").nearest().unwrap().name, "new");
+        assert_eq!(place("vm1/er/snapshot").nearest().unwrap().name, "er");
+        assert_eq!(place("vm1/snapshot").nearest().unwrap().name, "snapshot");
         place("new/er/snapshot").check().unwrap();
         assert!(!root.join("new").exists(), "a check makes nothing");
         place("new/er/snapshot").open().unwrap();

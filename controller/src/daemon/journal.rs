@@ -148,10 +148,12 @@ mod tests {
 
     use super::*;
     use crate::daemon::book::{Book, Bounds};
+    use crate::daemon::budget::Budget;
     use crate::daemon::operation::Request;
 
     fn record(id: &str) -> Record {
-        let bounds = Bounds { running_max: 1, queued_max: 1, remembered_max: 1 };
+        let budget = Budget::default();
+        let bounds = Bounds { running_max: 1, queued_max: 1, remembered_max: 1, budget };
         let mut book = Book::new(bounds, Vec::new(), "now");
         let request = Request { vm: "vm1".into(), destination: None, policy: Default::default() };
         book.submit(id, &request, "/backup/a", Some("key"), "now").unwrap();

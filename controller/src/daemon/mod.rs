@@ -4,6 +4,7 @@
 //! config        what the operator says; only read at start
 //! operation     what is told of a snapshot: data
 //! book          all operations, and what is to be done next: pure
+//! budget        what all snapshots share: pure
 //! policy        limits as they stand in a request
 //! destination   where snapshots may lie
 //! vms           named and found virtual machines
@@ -12,6 +13,7 @@
 //! name          what they may be called
 //! supervisor    the one task that owns the book
 //! child         the process that takes one snapshot
+//! forecast      the one that only tells whether it would keep its limits
 //! journal       what of the book survives
 //! metrics       what Prometheus is told
 //! http/         the API: routes, problems, connections; the live page
@@ -22,10 +24,12 @@
 //! kernel ends with it. Whatever may wait for a disk or a virtual machine has a thread of its own for as long.
 
 mod book;
+mod budget;
 mod child;
 mod config;
 mod destination;
 mod discovery;
+mod forecast;
 mod http;
 mod journal;
 mod look;
@@ -59,6 +63,7 @@ use journal::{Journal, JournalError};
 use metrics::Metrics;
 use notify::Manager;
 use operation::{Observer, Operation};
+use serde_json::Value;
 use supervisor::{Handle, Supervisor};
 use vms::Vms;
 
@@ -224,16 +229,22 @@ impl Observer for LookAfter {
     }
 }
 
-/// A line in the log for each change of state.
+/// A line in the log for each change of state, and for each decision of the controller.
 struct Log;
 
 impl Observer for Log {
     fn changed(&mut self, before: Option<&Operation>, now: Option<&Operation>) {
         let Some(now) = now else { return };
+        let (operation, vm, state) = (&now.id, &now.vm, now.state.as_str());
+        let in_force = |known: &Operation| control(known)["action"].as_str().map(str::to_owned);
+        let action = in_force(now).unwrap_or_else(|| "none".into());
+        if action != before.and_then(in_force).unwrap_or_else(|| "none".into()) {
+            let (cpu_ratio, forecast) = (&control(now)["cpu_ratio_min"], &control(now)["forecast"]);
+            tracing::info!(operation, vm, action, %cpu_ratio, %forecast, "decided");
+        }
         if before.is_some_and(|before| before.state == now.state) {
             return;
         }
-        let (operation, vm, state) = (&now.id, &now.vm, now.state.as_str());
         match &now.error {
             Some(error) => {
                 let reason = error.reason.as_str();
@@ -242,4 +253,10 @@ impl Observer for Log {
             None => tracing::info!(operation, vm, state, destination = now.destination),
         }
     }
+}
+
+/// What the controller does; null if there is none.
+fn control(operation: &Operation) -> &Value {
+    let control = operation.progress.as_ref().and_then(|progress| progress.control.as_ref());
+    control.unwrap_or(&Value::Null)
 }

@@ -14,6 +14,7 @@ use serde_json::Value;
 use snapshot_core::{FirstTouch, Phase, Reason};
 use utoipa::ToSchema;
 
+use super::budget::Grant;
 use super::policy::Policy;
 use crate::json;
 
@@ -130,6 +131,9 @@ pub struct Operation {
     pub destination: String,
     /// Limits, and how they are kept.
     pub policy: Policy,
+    /// What it has of the host's budget, once its turn has come.
+    #[serde(default)]
+    pub granted: Option<Grant>,
     /// Where it is.
     pub state: State,
     /// Grows with each change; the id of an event.

@@ -6,6 +6,7 @@ use livesnap_control::OnInfeasible;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::actuator::SHARE_MIN;
 use crate::control_loop::{Change, on_infeasible_schema};
 
 /// Limits of a snapshot, and how they are kept. What is left out is as `livesnap snapshot` has it.
@@ -46,7 +47,7 @@ impl Policy {
     /// # Errors
     /// With the first that does not.
     pub fn check(&self) -> Result<(), PolicyError> {
-        let ratio = |value: f64| (0.1..=1.0).contains(&value);
+        let ratio = |value: f64| (SHARE_MIN..=1.0).contains(&value);
         let seconds = |value: f64| (1e-6..=1e9).contains(&value);
         let figures = [
             (
@@ -86,8 +87,8 @@ impl Policy {
         }
     }
 
-    /// The same as arguments of `livesnap snapshot`.
-    pub fn arguments(&self) -> Vec<String> {
+    /// The limits, as arguments of `livesnap snapshot` and `livesnap plan`.
+    pub fn limits(&self) -> Vec<String> {
         let mut arguments = Vec::new();
         let mut give = |name: &str, value: Option<String>| {
             arguments.extend(value.map(|value| format!("--{name}={value}")));
@@ -98,9 +99,15 @@ impl Policy {
         give("deadline", self.deadline_seconds.map(duration));
         let bandwidth = self.max_bandwidth_bytes_per_second;
         give("max-bandwidth", bandwidth.map(bytes));
-        let wait = (self.on_infeasible == OnInfeasible::Wait).then(|| "wait".into());
-        give("on-infeasible", wait);
-        for (name, is_wanted) in [("--force", self.force), ("--no-disks", self.no_disks)] {
+        arguments.extend(self.no_disks.then(|| "--no-disks".into()));
+        arguments
+    }
+
+    /// All of it, as arguments of `livesnap snapshot`.
+    pub fn arguments(&self) -> Vec<String> {
+        let is_patient = self.on_infeasible == OnInfeasible::Wait;
+        let mut arguments = self.limits();
+        for (name, is_wanted) in [("--on-infeasible=wait", is_patient), ("--force", self.force)] {
             arguments.extend(is_wanted.then(|| name.to_owned()));
         }
         arguments
@@ -137,11 +144,12 @@ mod tests {
             "--min-cpu=0.5",
             "--deadline=60000000000ns",
             "--max-bandwidth=1000000B",
+            "--no-disks",
             "--on-infeasible=wait",
             "--force",
-            "--no-disks",
         ];
         assert_eq!(policy.arguments(), expected);
+        assert_eq!(policy.limits(), expected[..6]);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! Runs on the daemon's main thread, as every task does. What may wait for a disk is done on other threads.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,13 +20,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::book::{Action, Book, Record, Rejected, Shutdown, Unforgettable};
+use super::book::{Action, Book, OverBudget, Record, Rejected, Shutdown, Unforgettable};
 use super::child::{self, Change, Order, Task, Told};
 use super::config::Config;
 use super::destination::{DestinationError, Place};
 use super::journal::{Journal, JournalError};
 use super::operation::{Ended, Observer, Operation, Request, State, timestamp};
-use super::vms::Vms;
+use super::vms::{Vm, Vms};
 use crate::{actuator, control_loop};
 
 /// Commands and news that wait to be taken; who has more waits too.
@@ -140,6 +141,20 @@ impl Handle {
         self.view.clone()
     }
 
+    /// The virtual machine of that name, and where a snapshot of it by operation `id` would lie.
+    ///
+    /// # Errors
+    /// If there is no such machine, or it may not lie there.
+    pub fn find(
+        &self,
+        vm: &str,
+        destination: Option<&str>,
+        id: &str,
+    ) -> Result<(Vm, Place), SubmitError> {
+        let found = self.vms.get(vm).ok_or_else(|| SubmitError::UnknownVm { vm: vm.into() })?;
+        Ok((found, Place::new(&self.config.destinations, destination, vm, id)?))
+    }
+
     /// Takes up a request, or finds the operation that it was taken up as before.
     ///
     /// # Errors
@@ -149,12 +164,8 @@ impl Handle {
         request: Request,
         key: Option<String>,
     ) -> Result<Arc<Operation>, SubmitError> {
-        if self.vms.get(&request.vm).is_none() {
-            return Err(SubmitError::UnknownVm { vm: request.vm });
-        }
         let id = self.new_id();
-        let wanted = request.destination.as_deref();
-        let place = Place::new(&self.config.destinations, wanted, &request.vm, &id)?;
+        let (_, place) = self.find(&request.vm, request.destination.as_deref(), &id)?;
         let looked_at = place.clone();
         spawn_blocking(move || looked_at.check()).await.map_err(|_| Gone)??;
         let destination = place.path().display().to_string();
@@ -242,7 +253,13 @@ pub struct Supervisor {
     /// Kept so that the channel stays open; each process has a copy.
     teller: mpsc::Sender<(String, Told)>,
     told: mpsc::Receiver<(String, Told)>,
-    processes: HashMap<String, mpsc::Sender<Order>>,
+    processes: HashMap<String, Process>,
+}
+
+/// How a snapshot's process is reached.
+struct Process {
+    orders: mpsc::Sender<Order>,
+    bandwidth: watch::Sender<Option<NonZeroU64>>,
 }
 
 impl Supervisor {
@@ -316,7 +333,13 @@ impl Supervisor {
                 self.book.told(&id);
                 if let Some(process) = self.processes.get(&id) {
                     // There is room for it; one that has just ended takes none.
-                    let _ = process.try_send(Order::Terminate);
+                    let _ = process.orders.try_send(Order::Terminate);
+                }
+            }
+            Action::Share(id, share) => {
+                self.book.share(&id, share);
+                if let Some(process) = self.processes.get(&id) {
+                    process.bandwidth.send_replace(Some(share));
                 }
             }
             Action::Forget(id) => {
@@ -331,7 +354,8 @@ impl Supervisor {
         let now = timestamp();
         self.book.start(id, &now);
         let Some(record) = self.book.get(id) else { return };
-        let vm = &record.operation.vm;
+        let Operation { vm, policy, granted, .. } = &record.operation;
+        let granted = granted.unwrap_or_default();
         // It may have been taken up by an earlier daemon, by another configuration.
         let task = self.place(&record.operation).map_err(SubmitError::from).and_then(|place| {
             let unknown = || SubmitError::UnknownVm { vm: vm.clone() };
@@ -339,15 +363,16 @@ impl Supervisor {
                 id: id.into(),
                 vm: self.vms.get(vm).ok_or_else(unknown)?,
                 place,
-                policy: record.operation.policy.clone(),
+                policy: granted.applied_to(policy),
                 runtime_dir: self.config.runtime_dir.clone(),
             })
         });
         match task {
             Ok(task) => {
                 let (orders, inbox) = mpsc::channel(ORDERS);
-                self.processes.insert(id.into(), orders);
-                tokio::spawn(child::run(task, inbox, self.teller.clone()));
+                let (bandwidth, share) = watch::channel(granted.max_bandwidth_bytes_per_second);
+                self.processes.insert(id.into(), Process { orders, bandwidth });
+                tokio::spawn(child::run(task, inbox, share, self.teller.clone()));
             }
             Err(error) => {
                 let reason = match error {
@@ -434,6 +459,8 @@ impl Supervisor {
     async fn change(&mut self, id: &str, change: Change) -> Result<(), ChangeError> {
         let state = self.book.get(id).ok_or(ChangeError::Unknown)?.operation.state;
         let ended = || ChangeError::Ended { id: id.into() };
+        let refused = |error: OverBudget| ChangeError::Refused { detail: error.to_string() };
+        self.book.may_change(id, &change.policy).map_err(refused)?;
         if state == State::Queued {
             self.book.note_policy(id, &change.policy);
             self.publish().await;
@@ -446,10 +473,10 @@ impl Supervisor {
         let process = self.processes.get(id).ok_or_else(ended)?;
         let busy = || ChangeError::Refused { detail: child::BUSY.into() };
         // The last room is for the order to end, which must not be lost.
-        if process.capacity() < 2 {
+        if process.orders.capacity() < 2 {
             return Err(busy());
         }
-        process.try_send(Order::Change(change)).map_err(|_| busy())
+        process.orders.try_send(Order::Change(change)).map_err(|_| busy())
     }
 
     async fn submit(

@@ -6,7 +6,12 @@ use serde_json::json;
 
 use super::*;
 
-const BOUNDS: Bounds = Bounds { running_max: 2, queued_max: 3, remembered_max: 2 };
+const BOUNDS: Bounds = Bounds {
+    running_max: 2,
+    queued_max: 3,
+    remembered_max: 2,
+    budget: Budget { buffer_bytes: None, bandwidth_bytes_per_second: None },
+};
 const NOW: &str = "2026-01-01T00:00:00.000Z";
 
 fn book() -> Book {
@@ -29,6 +34,7 @@ fn settle(book: &mut Book) -> Vec<Action> {
         match &action {
             Action::Start(id) => book.start(id, NOW),
             Action::Terminate(id) => book.told(id),
+            Action::Share(id, share) => book.share(id, *share),
             Action::Forget(id) => book.forget(id).unwrap(),
         }
         done.push(action);
@@ -269,4 +275,101 @@ fn each_change_is_told_and_has_a_version_of_its_own() {
         versions.push(book.get("1").unwrap().operation.version);
     }
     assert!(versions.is_sorted_by(|before, after| before < after), "{versions:?}");
+}
+
+const GIB: u64 = 1 << 30;
+
+/// A book whose snapshots share 1 GiB of buffers and 100 bytes a second.
+fn book_with_budget() -> Book {
+    let bandwidth_bytes_per_second = NonZeroU64::new(100);
+    let budget = Budget { buffer_bytes: Some(GIB), bandwidth_bytes_per_second };
+    Book::new(Bounds { running_max: 3, budget, ..BOUNDS }, Vec::new(), NOW)
+}
+
+fn submit_with(
+    book: &mut Book,
+    id: &str,
+    buffer_bytes: Option<u64>,
+    max_bandwidth_bytes_per_second: Option<u64>,
+) -> Result<(), Rejected> {
+    let policy = Policy { buffer_bytes, max_bandwidth_bytes_per_second, ..Policy::default() };
+    let request = Request { policy, ..request(&format!("vm{id}")) };
+    book.submit(id, &request, &format!("/backup/{id}"), None, NOW).map(drop)
+}
+
+/// Buffer and bandwidth of an operation.
+fn granted(book: &Book, id: &str) -> (Option<u64>, Option<u64>) {
+    let granted = book.granted(id);
+    (granted.buffer_bytes, granted.max_bandwidth_bytes_per_second.map(NonZeroU64::get))
+}
+
+fn change(text: &str) -> Change {
+    serde_json::from_str(text).unwrap()
+}
+
+#[test]
+fn buffers_that_do_not_fit_wait_in_order() {
+    let mut book = book_with_budget();
+    submit_with(&mut book, "1", Some(GIB / 2), None).unwrap();
+    submit_with(&mut book, "2", Some(GIB / 2 + 1), None).unwrap();
+    submit_with(&mut book, "3", Some(1), None).unwrap();
+    settle(&mut book);
+    let states = |book: &Book| ["1", "2", "3"].map(|id| state(book, id).unwrap());
+    let waiting = [State::Preparing, State::Queued, State::Queued];
+    assert_eq!(states(&book), waiting, "the little one does not overtake");
+    // Less is asked for, while it waits.
+    let less = change(&format!(r#"{{"buffer_bytes": {}}}"#, GIB / 4));
+    book.may_change("2", &less).unwrap();
+    book.note_policy("2", &less);
+    settle(&mut book);
+    assert_eq!(states(&book), [State::Preparing; 3]);
+    assert_eq!(granted(&book, "2").0, Some(GIB / 4));
+    // What runs may have what is left, and no more.
+    let most = change(&format!(r#"{{"buffer_bytes": {}}}"#, GIB / 2 - 1));
+    book.may_change("2", &most).unwrap();
+    book.note_policy("2", &most);
+    assert_eq!(granted(&book, "2").0, Some(GIB / 2 - 1));
+    assert!(book.may_change("3", &change(r#"{"buffer_bytes": 2}"#)).is_err());
+    book.may_change("3", &change(r#"{"min_cpu_ratio": 0.5}"#)).unwrap();
+}
+
+#[test]
+fn what_could_never_have_its_turn_is_refused() {
+    let mut book = book_with_budget();
+    let refused = submit_with(&mut book, "1", Some(GIB + 1), None);
+    assert_eq!(refused, Err(Rejected::OverBudget { bytes: GIB + 1, total: GIB }));
+    submit_with(&mut book, "1", None, None).unwrap();
+    assert!(book.may_change("1", &change(&format!(r#"{{"buffer_bytes": {}}}"#, GIB + 1))).is_err());
+    settle(&mut book);
+    assert_eq!(granted(&book, "1").0, Some(GIB / 3), "an even share");
+    // An earlier daemon had more to give.
+    let mut record = book.get("1").unwrap().clone();
+    record.operation.state = State::Queued;
+    record.operation.policy.buffer_bytes = Some(9 * GIB);
+    let mut book = Book::new(book.bounds, vec![record], NOW);
+    settle(&mut book);
+    assert_eq!(granted(&book, "1").0, Some(GIB));
+}
+
+#[test]
+fn the_disk_is_shared_by_those_that_write() {
+    let mut book = book_with_budget();
+    submit_with(&mut book, "1", Some(1), None).unwrap();
+    settle(&mut book);
+    assert_eq!(granted(&book, "1").1, Some(100));
+    submit_with(&mut book, "2", Some(1), Some(10)).unwrap();
+    submit_with(&mut book, "3", Some(1), None).unwrap();
+    let done = settle(&mut book);
+    let shares = |book: &Book| ["1", "2", "3"].map(|id| granted(book, id).1.unwrap());
+    assert_eq!(shares(&book), [45, 10, 45], "{done:?}");
+    book.note_policy("2", &change(r#"{"max_bandwidth_bytes_per_second": null}"#));
+    settle(&mut book);
+    assert_eq!(shares(&book), [33, 33, 34]);
+    // One that is being given up writes no more, and what has ended keeps what it had.
+    book.abort("3", NOW);
+    settle(&mut book);
+    assert_eq!(shares(&book), [50, 50, 34]);
+    book.end("2", Ended::Completed(json!({})), NOW);
+    settle(&mut book);
+    assert_eq!(shares(&book), [100, 50, 34]);
 }

@@ -33,6 +33,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::config::Config;
+use super::forecast::Forecaster;
 use super::metrics::Metrics;
 use super::supervisor::Handle;
 use problem::{Problem, Word};
@@ -43,12 +44,13 @@ pub struct Api {
     handle: Handle,
     config: Arc<Config>,
     metrics: Metrics,
+    forecaster: Forecaster,
 }
 
 impl Api {
     /// For the supervisor behind `handle`.
-    pub const fn new(handle: Handle, config: Arc<Config>, metrics: Metrics) -> Self {
-        Self { handle, config, metrics }
+    pub fn new(handle: Handle, config: Arc<Config>, metrics: Metrics) -> Self {
+        Self { handle, config, metrics, forecaster: Forecaster::default() }
     }
 }
 
@@ -63,6 +65,7 @@ struct Document;
 fn described() -> OpenApiRouter<Api> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(routes::submit, routes::list))
+        .routes(routes!(routes::plan))
         .routes(routes!(routes::show, routes::forget))
         .routes(routes!(events::events))
         .routes(routes!(routes::abort))

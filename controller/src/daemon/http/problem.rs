@@ -6,6 +6,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::daemon::book::{Rejected, Unforgettable};
+use crate::daemon::forecast::ForecastError;
 use crate::daemon::supervisor::{ChangeError, Gone, SubmitError};
 
 /// When it is worth asking again, in seconds.
@@ -72,7 +73,9 @@ words! {
     NotEnded = "not_ended", CONFLICT;
     /// The operation has ended, or is about to.
     Ended = "ended", CONFLICT;
-    /// The snapshot's process does not take these limits.
+    /// More is asked for than all snapshots of the host may have together.
+    OverBudget = "over_budget", UNPROCESSABLE_ENTITY;
+    /// The snapshot's process does not take these limits, or the host's budget has no room for them.
     LimitsRefused = "limits_refused", UNPROCESSABLE_ENTITY;
     /// The body is larger than is taken.
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE;
@@ -80,8 +83,10 @@ words! {
     NotJson = "not_json", UNSUPPORTED_MEDIA_TYPE;
     /// The idempotency key was used for another request.
     KeyReused = "key_reused", UNPROCESSABLE_ENTITY;
-    /// What is asked for could not be kept on disk.
+    /// What is asked for could not be kept on disk, or the host does not do what it takes.
     Io = "io", INTERNAL_SERVER_ERROR;
+    /// Another forecast is being made.
+    PlanBusy = "plan_busy", SERVICE_UNAVAILABLE;
     /// As many operations wait as may.
     QueueFull = "queue_full", SERVICE_UNAVAILABLE;
     /// The daemon is ending.
@@ -168,6 +173,7 @@ impl From<SubmitError> for Problem {
                 Rejected::Busy { id, .. } => (Word::Busy, Some(link(id))),
                 Rejected::DestinationTaken { id, .. } => (Word::DestinationTaken, Some(link(id))),
                 Rejected::KeyReused { id } => (Word::KeyReused, Some(link(id))),
+                Rejected::OverBudget { .. } => (Word::OverBudget, None),
                 Rejected::QueueFull { .. } => (Word::QueueFull, None),
                 Rejected::Closing => (Word::Closing, None),
             },
@@ -175,6 +181,17 @@ impl From<SubmitError> for Problem {
             SubmitError::Gone(_) => (Word::Closing, None),
         };
         Self { operation, ..Self::new(word, error.to_string()) }
+    }
+}
+
+impl From<ForecastError> for Problem {
+    fn from(error: ForecastError) -> Self {
+        let word = match &error {
+            ForecastError::Busy { .. } => Word::PlanBusy,
+            ForecastError::Destination(_) => Word::BadDestination,
+            ForecastError::Process(_) | ForecastError::Answer { .. } => Word::Io,
+        };
+        Self::new(word, error.to_string())
     }
 }
 

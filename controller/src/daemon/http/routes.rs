@@ -14,15 +14,20 @@ use super::Api;
 use super::problem::{Problem, Word, link};
 use super::request::{Body, Id, Parameters, idempotency_key, is_known, preferred_wait};
 use crate::control_loop::Change;
+use crate::daemon::book::Rejected;
+use crate::daemon::forecast::Forecast;
 use crate::daemon::look::Seen;
 use crate::daemon::metrics::Metrics;
 use crate::daemon::operation::{Operation, Request, State};
 use crate::daemon::policy::Policy;
+use crate::daemon::supervisor::SubmitError;
 use crate::daemon::vms::{Source, Vm};
 
 /// Operations in a list, unless fewer are asked for, and at most.
 const PAGE: usize = 50;
 const PAGE_MAX: usize = 500;
+/// What a snapshot that is only forecast is called where its id would be.
+const PLANNED: &str = "planned";
 /// Prometheus' text format.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -74,6 +79,36 @@ pub async fn submit(
         response.headers_mut().insert("preference-applied", HeaderValue::from_static("wait"));
     }
     Ok(response)
+}
+
+/// Forecasts whether a snapshot would keep its limits.
+///
+/// Nothing of the guest is changed. It is watched, and the destination written to, for some seconds.
+#[utoipa::path(
+    post,
+    path = "/snapshot/plan",
+    tag = "snapshot",
+    request_body = Request,
+    responses(
+        (status = 200, description = "The forecast, also if it is that a snapshot would be refused", body = Forecast),
+        (status = "default", description = "Nothing was forecast", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn plan(
+    Shared(api): Shared<Api>,
+    Body(request): Body<Request>,
+) -> Result<Json<Forecast>, Problem> {
+    let Request { vm: name, destination, policy } = request;
+    policy.check().map_err(|error| Problem::new(Word::BadArgument, error.to_string()))?;
+    let (vm, place) = api.handle.find(&name, destination.as_deref(), PLANNED)?;
+    let view = api.handle.view().borrow().clone();
+    let mut operations = view.operations.values();
+    if let Some(busy) = operations.find(|known| known.vm == name && !known.state.is_final()) {
+        let busy = Rejected::Busy { vm: name, id: busy.id.clone() };
+        return Err(SubmitError::from(busy).into());
+    }
+    let policy = api.config.bounds().alone(&policy).applied_to(&policy);
+    Ok(Json(api.forecaster.forecast(&name, vm, place, policy).await?))
 }
 
 /// Which operations are wanted.

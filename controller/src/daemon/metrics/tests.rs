@@ -24,6 +24,7 @@ fn operation(id: &str, state: State) -> Operation {
         state,
         version: 0,
         created_at: "2026-01-01T00:00:00Z".into(),
+        granted: None,
         started_at: None,
         ended_at: None,
         progress: None,
