@@ -15,6 +15,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
+use livesnap_tests::interrupt;
 use livesnap_tests::qemu::{Load, Qemu};
 use serde::{Deserialize, Serialize};
 
@@ -93,13 +94,14 @@ impl std::fmt::Display for Writer {
     }
 }
 
-/// Measures, or takes figures from a file, and tells them.
+/// Measures, or takes figures from a file, and tells them. A snapshot that fails leaves a row out, and no others.
 ///
 /// # Errors
-/// If a guest or a destination cannot be had, or the file cannot be read or written.
+/// If a guest cannot be had, a snapshot failed, or the file cannot be read or written.
 pub fn run(args: &crate::Args) -> Result<()> {
     let ControlArgs { writers, limits, .. } = &args.control;
-    let measure = |&writer| measure_writer(writer, limits);
+    let mut failures = 0_u32;
+    let measure = |&writer| measure_writer(writer, limits, &mut failures);
     let (from, json) = (args.from.as_deref(), args.json.as_deref());
     let figures = Figures::read_or_measure(from, json, writers, measure)?;
     let table = table::table(&figures);
@@ -107,11 +109,13 @@ pub fn run(args: &crate::Args) -> Result<()> {
     if args.update_docs {
         figures.put_into(Path::new("docs/controller.md"), &table)?;
     }
+    ensure!(failures == 0, "not in the table, as they failed: {failures}");
     Ok(())
 }
 
-/// Boots the guest and takes snapshots of it with and without control in turns, to each destination.
-fn measure_writer(writer: Writer, limits: &[u64]) -> Result<Vec<Cell>> {
+/// Boots the guest and takes snapshots of it with and without control in turns, to each destination; counts those that
+/// fail.
+fn measure_writer(writer: Writer, limits: &[u64], failures: &mut u32) -> Result<Vec<Cell>> {
     eprintln!("{writer}: booting");
     let dir = tempfile::Builder::new()
         .prefix("livesnap-bench-")
@@ -126,10 +130,18 @@ fn measure_writer(writer: Writer, limits: &[u64]) -> Result<Vec<Cell>> {
     for &limit_mb_s in limits {
         for is_controlled in [true, false] {
             let plan = cell::Plan { writer, limit_mb_s, is_controlled };
-            let cell = plan.measure(&mut guest, dir.path());
-            let cell = cell.with_context(|| format!("{writer}, {limit_mb_s} MB/s"))?;
-            eprintln!("{}", table::row(&cell).trim_end());
-            cells.push(cell);
+            match plan.measure(&mut guest, dir.path()) {
+                Ok(cell) => {
+                    eprintln!("{}", table::row(&cell).trim_end());
+                    cells.push(cell);
+                }
+                Err(error) => {
+                    interrupt::check()?;
+                    let control = if is_controlled { "on" } else { "off" };
+                    eprintln!("{writer}, {limit_mb_s} MB/s, control {control}: failed: {error:#}");
+                    *failures += 1;
+                }
+            }
         }
     }
     let beat = guest.wait_heartbeat(BOOT, |_| true)?;
