@@ -257,6 +257,7 @@ impl Book {
                         destination: destination.into(),
                         policy: request.policy.clone(),
                         granted: None,
+                        schedule: None,
                         state: State::Queued,
                         version: 1,
                         created_at: now.into(),
@@ -276,6 +277,25 @@ impl Book {
             }
         };
         Ok(&self.entries[&id].record.operation)
+    }
+
+    /// Takes up what a schedule wants.
+    ///
+    /// # Errors
+    /// If it cannot be taken up.
+    pub fn submit_scheduled(
+        &mut self,
+        id: &str,
+        request: &Request,
+        destination: &str,
+        schedule: &str,
+        now: &str,
+    ) -> Result<(), Rejected> {
+        self.submit(id, request, destination, None, now)?;
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.record.operation.schedule = Some(schedule.into());
+        }
+        Ok(())
     }
 
     /// The operation that this key stands for.

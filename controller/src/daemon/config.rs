@@ -4,6 +4,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use livesnap_control::policy::BUFFER_BYTES_MIN;
 use serde::Deserialize;
@@ -12,9 +13,14 @@ use super::book::{Bounds, Shutdown};
 use super::budget::Budget;
 use super::discovery::Pattern;
 use super::name::{NAME_RULE, is_name};
+use super::schedule::{Names, Schedule};
+
+/// How often a schedule may want a snapshot.
+const EVERY_MIN: Duration = Duration::from_secs(1);
+const EVERY_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// The daemon's configuration; packaging/livesnap.toml explains each key.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// The Unix socket of the API.
@@ -47,6 +53,8 @@ pub struct Config {
     pub look_seconds: u64,
     /// The virtual machines.
     pub vm: Vec<Vm>,
+    /// Which snapshots are taken without being asked for.
+    pub schedule: Vec<Schedule>,
 }
 
 /// What clients may take.
@@ -103,6 +111,7 @@ impl Default for Config {
             discover: Vec::new(),
             look_seconds: 30,
             vm: Vec::new(),
+            schedule: Vec::new(),
         }
     }
 }
@@ -139,13 +148,15 @@ pub enum ConfigError {
         source: Box<toml::de::Error>,
     },
     /// A name that could be mistaken for something else in a path or a label.
-    #[error("{name:?} cannot be the name of a virtual machine: use {NAME_RULE}")]
+    #[error("{name:?} cannot be the name of a virtual machine or a schedule: use {NAME_RULE}")]
     Name {
         /// The name.
         name: String,
     },
     /// Two of a name.
-    #[error("two virtual machines are named {name}: give each a name of its own")]
+    #[error(
+        "two virtual machines, or two schedules, are named {name}: give each a name of its own"
+    )]
     Twice {
         /// The name.
         name: String,
@@ -165,6 +176,14 @@ pub enum ConfigError {
         key: &'static str,
         /// The address.
         address: SocketAddr,
+    },
+    /// A schedule that could not be kept.
+    #[error("schedule {name}: {problem}")]
+    Schedule {
+        /// The schedule.
+        name: String,
+        /// What is wrong, and what to do.
+        problem: String,
     },
     /// Nothing could ever be done.
     #[error("{key} is {value}, so nothing could ever be done: allow at least {least}")]
@@ -219,6 +238,7 @@ impl Config {
                 return Err(ConfigError::Twice { name: vm.name.clone() });
             }
         }
+        self.check_schedules()?;
         let by_tcp = [
             ("tcp.listen", self.tcp.as_ref().map(|tcp| tcp.listen)),
             ("metrics_listen", self.metrics_listen),
@@ -237,6 +257,41 @@ impl Config {
             Some(path) => Err(ConfigError::Path { path: path.clone() }),
             None => Ok(()),
         }
+    }
+
+    fn check_schedules(&self) -> Result<(), ConfigError> {
+        for (number, schedule) in self.schedule.iter().enumerate() {
+            let name = &schedule.name;
+            if !is_name(name) {
+                return Err(ConfigError::Name { name: name.clone() });
+            }
+            if self.schedule[..number].iter().any(|other| other.name == *name) {
+                return Err(ConfigError::Twice { name: name.clone() });
+            }
+            let failed = |problem| Err(ConfigError::Schedule { name: name.clone(), problem });
+            if !(EVERY_MIN..=EVERY_MAX).contains(&schedule.every) {
+                return failed("every is not between a second and a year: give such a time".into());
+            }
+            if schedule.jitter.is_some_and(|jitter| jitter > schedule.every) {
+                return failed("jitter is longer than every: give a shorter time".into());
+            }
+            if let Err(error) = schedule.policy.check() {
+                return failed(error.to_string());
+            }
+            // What is found may have any name.
+            let is_nobody = |names: &&Names| !self.vm.iter().any(|vm| names.has(&vm.name));
+            if schedule.vms.is_empty() {
+                return failed("vms names no virtual machine: name one".into());
+            }
+            if self.discover.is_empty()
+                && let Some(names) = schedule.vms.iter().find(is_nobody)
+            {
+                return failed(format!(
+                    "there is no virtual machine {names}: configure one, or discover"
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// How much is allowed at once.
@@ -276,7 +331,7 @@ mod tests {
                 error.split_once("expected one of").or(error.split_once("expected")).unwrap();
             known.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>()
         };
-        for table in ["", "[http]", "[tcp]", "[budget]", "[[vm]]"] {
+        for table in ["", "[http]", "[tcp]", "[budget]", "[[vm]]", "[[schedule]]"] {
             let keys = keys_of(table);
             assert!(keys.len() >= 2, "{table}: {keys:?}");
             for key in keys {
@@ -289,6 +344,49 @@ mod tests {
                 });
                 assert!(stands, "{key} of {table:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_schedule_is_read() {
+        let text =
+            "discover = ['/run/*/qmp.sock']\n[[schedule]]\nname = 'daily'\nvms = ['vm1', 'web-*']
+            every = '1d'\njitter = '2h 30m'\n[schedule.policy]\nmin_cpu_ratio = 0.5";
+        let config: Config = toml::from_str(text).unwrap();
+        config.check().unwrap();
+        let [schedule] = &config.schedule[..] else { panic!("{config:?}") };
+        assert_eq!(schedule.every, Duration::from_secs(24 * 3600));
+        assert_eq!(schedule.jitter, Some(Duration::from_secs(9000)));
+        assert_eq!(schedule.policy.min_cpu_ratio, Some(0.5));
+        assert!(schedule.is_for("web-2") && !schedule.is_for("db"));
+    }
+
+    #[test]
+    fn a_schedule_that_could_not_be_kept_is_refused() {
+        let schedule = |name: &str, every: &str, vms: &str, more: &str| {
+            format!("[[schedule]]\nname = '{name}'\nvms = [{vms}]\nevery = '{every}'\n{more}\n")
+        };
+        let twice = schedule("a", "1h", "'*'", "").repeat(2);
+        for (text, word) in [
+            (schedule("../a", "1h", "'*'", ""), "name"),
+            (schedule("a", "0s", "'*'", ""), "a second"),
+            (schedule("a", "1000y", "'*'", ""), "a year"),
+            (schedule("a", "1h", "'*'", "jitter = '2h'"), "jitter"),
+            (schedule("a", "soon", "'*'", ""), "number"),
+            (schedule("a", "1h", "'*'", "keep = 0"), "keep"),
+            (schedule("a", "1h", "'*'", "policy.min_cpu_ratio = 2.0"), "min_cpu_ratio"),
+            (schedule("a", "1h", "'*'", "policy.no_such_key = 2.0"), "no_such_key"),
+            (schedule("a", "1h", "", ""), "vms"),
+            (schedule("a", "1h", "'vm*1*'", ""), "single"),
+            (schedule("a", "1h", "'*', 'vm2'", ""), "no virtual machine vm2"),
+            (schedule("a", "1h", "'web-*'", ""), "no virtual machine web-*"),
+            (twice, "two"),
+        ] {
+            let text = format!("[[vm]]\nname = 'vm1'\nqmp = '/a'\n{text}");
+            let config = toml::from_str::<Config>(&text).map_err(|error| error.to_string());
+            let error = config.and_then(|config| config.check().map_err(|error| error.to_string()));
+            let error = error.unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
         }
     }
 

@@ -26,7 +26,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::look::Seen;
-use super::operation::{Observer, Operation, Progress, State};
+use super::operation::{Observer, Operation, Progress, State, time};
+use super::schedule::Schedule;
 use crate::units::number;
 
 /// All metrics. Clones share them.
@@ -44,6 +45,7 @@ struct Inner {
     families: Families,
     /// Below which snapshots may lie.
     roots: Vec<PathBuf>,
+    schedules: Vec<Schedule>,
     seen: Mutex<Known>,
 }
 
@@ -72,6 +74,7 @@ struct Families {
     last_stored: GaugeVec,
     last_buffer_peak: GaugeVec,
     last_throttled: GaugeVec,
+    schedule_interval: GaugeVec,
     registered: GaugeVec,
     verify_failures: CounterVec,
     queued: GaugeVec,
@@ -158,6 +161,7 @@ impl Families {
             last_stored: make.gauge(&catalogue::LAST_STORED)?,
             last_buffer_peak: make.gauge(&catalogue::LAST_BUFFER_PEAK)?,
             last_throttled: make.gauge(&catalogue::LAST_THROTTLED)?,
+            schedule_interval: make.gauge(&catalogue::SCHEDULE_INTERVAL)?,
             registered: make.gauge(&catalogue::REGISTERED)?,
             verify_failures: make.counter(&catalogue::VERIFY_FAILURES)?,
             queued: make.gauge(&catalogue::QUEUED)?,
@@ -422,16 +426,21 @@ impl Metrics {
     /// If the catalogue makes no sense.
     pub fn new<'a>(
         roots: Vec<PathBuf>,
+        schedules: &[Schedule],
         earlier: impl Iterator<Item = &'a Operation>,
     ) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let families = Families::register(&registry)?;
         let build = Registrar(&registry).gauge(&catalogue::BUILD_INFO)?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
-        // No virtual machine has a schedule, and so none has a series.
-        Registrar(&registry).gauge(&catalogue::SCHEDULE_INTERVAL)?;
         families.begin_host();
-        let metrics = Self(Arc::new(Inner { registry, families, roots, seen: Mutex::default() }));
+        let metrics = Self(Arc::new(Inner {
+            registry,
+            families,
+            roots,
+            schedules: schedules.to_vec(),
+            seen: Mutex::default(),
+        }));
         for operation in earlier.filter(|operation| operation.state == State::Completed) {
             metrics.register(&operation.vm);
             if let Some(ended) = operation.ended_at.as_deref().and_then(time) {
@@ -449,6 +458,11 @@ impl Metrics {
             seen.vms.push(vm.to_owned());
             self.0.families.begin_vm(vm);
             self.0.families.set_phase(vm, None);
+            let own = self.0.schedules.iter().filter(|schedule| schedule.is_for(vm));
+            if let Some(every) = own.map(|schedule| schedule.every).min() {
+                let series = self.0.families.schedule_interval.with_label_values(&[vm]);
+                series.set(every.as_secs_f64());
+            }
         }
     }
 
@@ -690,11 +704,6 @@ impl Collector for Distributions {
         family.set_metric(metrics.collect());
         vec![family]
     }
-}
-
-/// Reads what an operation tells (RFC 3339).
-fn time(text: &str) -> Option<SystemTime> {
-    humantime::parse_rfc3339(text).ok()
 }
 
 fn truth(is_so: bool) -> f64 {

@@ -11,6 +11,7 @@
 //! discovery     how they are found
 //! look          what is to be seen of one
 //! name          what they may be called
+//! schedule      when a snapshot is due: pure
 //! supervisor    the one task that owns the book
 //! child         the process that takes one snapshot
 //! forecast      the one that only tells whether it would keep its limits
@@ -38,6 +39,7 @@ mod name;
 mod notify;
 mod operation;
 mod policy;
+mod schedule;
 mod supervisor;
 mod vms;
 
@@ -138,7 +140,7 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
         None => None,
     };
     let known = earlier.iter().map(|record| &record.operation);
-    let metrics = Metrics::new(config.destinations.clone(), known)?;
+    let metrics = Metrics::new(config.destinations.clone(), &config.schedule, known)?;
     for (name, _) in vms.all() {
         metrics.register(&name);
     }

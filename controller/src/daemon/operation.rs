@@ -19,10 +19,11 @@ use super::policy::Policy;
 use crate::json;
 
 /// Where an operation is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// It waits for its turn.
+    #[default]
     Queued,
     /// Asking, checking, measuring. Nothing of the guest is changed.
     Preparing,
@@ -121,7 +122,7 @@ pub struct Request {
 }
 
 /// A snapshot that was asked for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Operation {
     /// Unique, and in the order in which they were asked for.
     pub id: String,
@@ -134,6 +135,8 @@ pub struct Operation {
     /// What it has of the host's budget, once its turn has come.
     #[serde(default)]
     pub granted: Option<Grant>,
+    /// The schedule that wanted it; null if somebody asked for it.
+    pub schedule: Option<String>,
     /// Where it is.
     pub state: State,
     /// Grows with each change; the id of an event.
@@ -233,5 +236,15 @@ pub trait Observer: Send {
 
 /// Now (RFC 3339).
 pub fn timestamp() -> String {
-    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+    at(SystemTime::now())
+}
+
+/// A time (RFC 3339).
+pub fn at(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}
+
+/// Reads such a time.
+pub fn time(text: &str) -> Option<SystemTime> {
+    humantime::parse_rfc3339(text).ok()
 }

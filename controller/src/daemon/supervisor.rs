@@ -18,14 +18,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use snapshot_core::Reason;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::book::{Action, Book, OverBudget, Record, Rejected, Shutdown, Unforgettable};
 use super::child::{self, Change, Order, Task, Told};
 use super::config::Config;
 use super::destination::{DestinationError, Place};
 use super::journal::{Journal, JournalError};
-use super::operation::{Ended, Observer, Operation, Request, State, timestamp};
+use super::operation::{self, Ended, Observer, Operation, Request, State, timestamp};
+use super::schedule::{Agenda, Turn};
 use super::vms::{Vm, Vms};
 use crate::{actuator, control_loop};
 
@@ -37,11 +38,16 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Orders that wait until a process has been started.
 const ORDERS: usize = 8;
 
+/// How often schedules are looked at when nothing is due.
+const AGENDA_INTERVAL: Duration = Duration::from_secs(10);
+
 /// What readers see.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     /// All operations, by id.
     pub operations: BTreeMap<String, Arc<Operation>>,
+    /// When the next snapshot of a virtual machine is due, by its name (RFC 3339).
+    pub next_at: BTreeMap<String, String>,
     /// Whether the daemon is ending.
     pub is_closing: bool,
 }
@@ -67,6 +73,15 @@ pub enum SubmitError {
     /// The supervisor has ended.
     #[error(transparent)]
     Gone(#[from] Gone),
+}
+
+/// Why a turn of a schedule is left out.
+#[derive(Debug, thiserror::Error)]
+enum LeftOut {
+    #[error("the virtual machine cannot be asked: {0}")]
+    Unreachable(String),
+    #[error(transparent)]
+    Rejected(#[from] SubmitError),
 }
 
 /// Why limits are not changed.
@@ -164,7 +179,7 @@ impl Handle {
         request: Request,
         key: Option<String>,
     ) -> Result<Arc<Operation>, SubmitError> {
-        let id = self.new_id();
+        let id = new_id(&self.ids);
         let (_, place) = self.find(&request.vm, request.destination.as_deref(), &id)?;
         let looked_at = place.clone();
         spawn_blocking(move || looked_at.check()).await.map_err(|_| Gone)??;
@@ -230,15 +245,15 @@ impl Handle {
         // It may have done so already.
         let _ = self.commands.send(Command::Close(shutdown)).await;
     }
+}
 
-    /// An id that sorts behind all before: microseconds since 1970, or one more than the last.
-    fn new_id(&self) -> String {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let now = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
-        let last = self.ids.fetch_max(now, Ordering::Relaxed);
-        let id = if now > last { now } else { self.ids.fetch_add(1, Ordering::Relaxed) + 1 };
-        format!("{id:014x}")
-    }
+/// An id that sorts behind all before: microseconds since 1970, or one more than the last.
+fn new_id(ids: &AtomicU64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+    let last = ids.fetch_max(now, Ordering::Relaxed);
+    let id = if now > last { now } else { ids.fetch_add(1, Ordering::Relaxed) + 1 };
+    format!("{id:014x}")
 }
 
 /// The task's state.
@@ -246,6 +261,10 @@ pub struct Supervisor {
     config: Arc<Config>,
     vms: Vms,
     book: Book,
+    agenda: Agenda,
+    /// When it is to be looked at next.
+    agenda_at: Instant,
+    ids: Arc<AtomicU64>,
     journal: Arc<Journal>,
     observers: Vec<Box<dyn Observer>>,
     view: watch::Sender<Arc<View>>,
@@ -278,7 +297,7 @@ impl Supervisor {
         let operations =
             operations.map(|known| (known.id.clone(), Arc::new(known.clone()))).collect();
         let book = Book::new(config.bounds(), earlier, &timestamp());
-        let (view, seen) = watch::channel(Arc::new(View { operations, is_closing: false }));
+        let (view, seen) = watch::channel(Arc::new(View { operations, ..View::default() }));
         let (sender, commands) = mpsc::channel(MAILBOX);
         let (teller, told) = mpsc::channel(MAILBOX);
         let handle = Handle {
@@ -286,12 +305,16 @@ impl Supervisor {
             vms: vms.clone(),
             commands: sender,
             view: seen,
-            ids,
+            ids: Arc::clone(&ids),
         };
+        let agenda = Agenda::new(config.schedule.clone());
         let supervisor = Self {
             config,
             vms,
             book,
+            agenda,
+            agenda_at: Instant::now(),
+            ids,
             journal: Arc::new(journal),
             observers,
             view,
@@ -318,6 +341,7 @@ impl Supervisor {
             tokio::select! {
                 biased;
                 Some((id, told)) = self.told.recv() => self.note(&id, told).await,
+                () = sleep_until(self.agenda_at), if !self.agenda.is_empty() => self.keep_schedules().await,
                 Some(command) = self.commands.recv() => self.obey(command).await,
                 else => return,
             }
@@ -498,6 +522,66 @@ impl Supervisor {
         Ok(self.operation(&known).ok_or(Gone)?)
     }
 
+    /// Asks for the snapshots whose turn has come.
+    async fn keep_schedules(&mut self) {
+        self.agenda_at = Instant::now() + AGENDA_INTERVAL;
+        if self.view.borrow().is_closing {
+            return;
+        }
+        let now = SystemTime::now();
+        for turn in self.turns(now).into_iter().take_while(|turn| turn.at <= now) {
+            let (schedule, vm) = (&turn.schedule, &turn.vm);
+            if let Err(why) = self.take_turn(&turn).await {
+                let again = operation::at(self.agenda.leave_out(&turn, now));
+                tracing::warn!(schedule, vm, %why, again, "a turn is left out");
+            }
+        }
+        let turns = self.turns(now);
+        let next = turns.first().and_then(|turn| turn.at.duration_since(now).ok());
+        // Looked at before that for machines that come, and for clocks that are put.
+        self.agenda_at = Instant::now() + next.unwrap_or_default().min(AGENDA_INTERVAL);
+        let mut next_at = BTreeMap::new();
+        for turn in turns {
+            next_at.entry(turn.vm).or_insert(operation::at(turn.at));
+        }
+        self.view.send_if_modified(|view| {
+            let is_new = view.next_at != next_at;
+            if is_new {
+                Arc::make_mut(view).next_at = next_at;
+            }
+            is_new
+        });
+    }
+
+    fn turns(&mut self, now: SystemTime) -> Vec<Turn> {
+        let names: Vec<_> = self.vms.all().into_iter().map(|(name, _)| name).collect();
+        self.agenda.turns(now, &names, self.book.operations())
+    }
+
+    /// Asks for a snapshot that is due.
+    async fn take_turn(&mut self, turn: &Turn) -> Result<(), LeftOut> {
+        let Some(schedule) = self.agenda.get(&turn.schedule) else { return Ok(()) };
+        let request =
+            Request { vm: turn.vm.clone(), destination: None, policy: schedule.policy.clone() };
+        let unknown = || SubmitError::UnknownVm { vm: turn.vm.clone() };
+        let seen = self.vms.get(&turn.vm).ok_or_else(unknown)?.seen;
+        if let Some(error) = seen.as_ref().and_then(|seen| seen.error.as_ref()) {
+            return Err(LeftOut::Unreachable(error.detail.clone()));
+        }
+        let id = new_id(&self.ids);
+        let place = Place::new(&self.config.destinations, None, &turn.vm, &id);
+        let place = place.map_err(SubmitError::from)?;
+        let destination = place.path().display().to_string();
+        let now = timestamp();
+        let taken = self.book.submit_scheduled(&id, &request, &destination, &turn.schedule, &now);
+        taken.map_err(SubmitError::from)?;
+        if let Some(error) = self.publish().await {
+            self.book.withdraw(&id);
+            return Err(SubmitError::from(error).into());
+        }
+        Ok(())
+    }
+
     fn operation(&self, id: &str) -> Option<Arc<Operation>> {
         self.view.borrow().operations.get(id).cloned()
     }
@@ -515,6 +599,8 @@ impl Supervisor {
                     Ok(Ok(()))
                 }
                 Some(record) => {
+                    // What has become of one may make the next one due.
+                    self.agenda_at = Instant::now();
                     let record = record.clone();
                     spawn_blocking(move || journal.write(&record)).await
                 }

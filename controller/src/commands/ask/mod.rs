@@ -143,10 +143,12 @@ fn row(operation: &Value) -> String {
         }
         _ => "-".into(),
     };
+    let schedule = operation["schedule"].as_str();
+    let schedule = schedule.map_or(String::new(), |schedule| format!("  by {schedule}"));
     let reason = operation["error"]["reason"].as_str();
     let reason = reason.map_or(String::new(), |reason| format!("  {reason}"));
     format!(
-        "{}  {}  {:<10} {percent:>5}  {}{reason}",
+        "{}  {}  {:<10} {percent:>5}  {}{schedule}{reason}",
         text("id"),
         text("vm"),
         text("state"),
@@ -187,10 +189,10 @@ mod tests {
         });
         assert_eq!(row(&operation), "07  vm1  copying     25 %  /backup/vm1/07");
         let failed = json!({
-            "id": "08", "vm": "vm1", "state": "failed", "destination": "/backup/vm1/08",
+            "id": "08", "vm": "vm1", "state": "failed", "schedule": "hourly", "destination": "/backup/vm1/08",
             "progress": null, "error": {"reason": "io", "detail": "no"},
         });
-        assert_eq!(row(&failed), "08  vm1  failed         -  /backup/vm1/08  io");
+        assert_eq!(row(&failed), "08  vm1  failed         -  /backup/vm1/08  by hourly  io");
         assert_eq!((ended(&failed).reason, ended(&failed).to_string()), (Reason::Io, "no".into()));
     }
 

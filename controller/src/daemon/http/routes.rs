@@ -283,6 +283,8 @@ pub struct VmEntry {
     operation: Option<String>,
     /// When its last snapshot was completed, of those that are remembered.
     last_completed_at: Option<String>,
+    /// When its next snapshot is due, by schedules.
+    next_at: Option<String>,
     /// What was seen of it last, but not while it is being snapshotted.
     seen: Option<Seen>,
 }
@@ -312,6 +314,7 @@ pub async fn vms(Shared(api): Shared<Api>) -> Json<VmList> {
             source: vm.source,
             operation: unfinished.map(|known| link(&known.id)),
             last_completed_at: completed.and_then(|known| known.ended_at.clone()),
+            next_at: view.next_at.get(&name).cloned(),
             seen: vm.seen.map(|seen| (*seen).clone()),
             name,
         }

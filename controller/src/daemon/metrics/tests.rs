@@ -9,10 +9,9 @@ use snapshot_core::Reason;
 use super::*;
 use crate::daemon::look::VmState;
 use crate::daemon::operation::OperationError;
-use crate::daemon::policy;
 
 fn metrics() -> Metrics {
-    Metrics::new(vec!["/".into()], std::iter::empty()).unwrap()
+    Metrics::new(vec!["/".into()], &[], std::iter::empty()).unwrap()
 }
 
 fn operation(id: &str, state: State) -> Operation {
@@ -20,17 +19,9 @@ fn operation(id: &str, state: State) -> Operation {
         id: id.into(),
         vm: "vm1".into(),
         destination: "/backup/vm1".into(),
-        policy: policy::Policy::default(),
         state,
-        version: 0,
         created_at: "2026-01-01T00:00:00Z".into(),
-        granted: None,
-        started_at: None,
-        ended_at: None,
-        progress: None,
-        forecast: None,
-        error: None,
-        result: None,
+        ..Operation::default()
     }
 }
 
@@ -237,7 +228,7 @@ fn when_the_last_snapshot_was_is_known_after_a_restart() {
         ..operation(id, State::Completed)
     };
     let earlier = [at("1", "2026-01-02T00:00:00Z"), at("2", "2026-01-01T00:00:00Z")];
-    let metrics = Metrics::new(Vec::new(), earlier.iter()).unwrap();
+    let metrics = Metrics::new(Vec::new(), &[], earlier.iter()).unwrap();
     let found = value(&metrics, "livesnap_last_success_timestamp_seconds{vm=\"vm1\"}");
     assert_eq!(found, 1_767_312_000.0);
     let failed = "livesnap_snapshots_total{outcome=\"completed\",reason=\"none\",vm=\"vm1\"}";

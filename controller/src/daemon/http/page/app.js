@@ -351,6 +351,7 @@ async function list() {
     condition(vm.seen),
     followers.get(idOf(vm.operation))?.state ?? "–",
     instant(vm.last_completed_at),
+    instant(vm.next_at),
     vm.qmp,
   ]), "None is configured or was found.");
   const ended = operations.filter((operation) => OUTCOMES.includes(operation.state));
@@ -358,6 +359,7 @@ async function list() {
     instant(operation.ended_at),
     operation.vm,
     outcome(operation),
+    operation.schedule ?? "–",
     operation.error?.detail ?? operation.destination,
   ]), "None that is remembered.");
   connection(true, "connected");
