@@ -63,6 +63,14 @@ pub fn json(output: &Output) -> Result<Value> {
     })
 }
 
+/// Starts somebody else's snapshot, which a daemon that serves the VM knows nothing of: for the daemon it is what a snapshot
+/// would be that left its protection and its throttle. It takes minutes.
+pub fn others_snapshot(qemu: &Qemu, out: &Path) -> Result<Running> {
+    let mut command = command(["snapshot", "--fixed-cpu=50%", "--max-bandwidth=1MiB", "--qmp"])?;
+    command.arg(qemu.other_qmp_socket()).arg("--out").arg(out);
+    Running::start(command)
+}
+
 /// A livesnap at work, followed by what it logs; killed when dropped.
 #[derive(Debug)]
 pub struct Running {

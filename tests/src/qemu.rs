@@ -258,7 +258,7 @@ impl Builder {
         add("-append", self.load.command_line());
         add("-chardev", format!("file,id=console,path={}", dir.join("console").display()));
         add("-serial", "chardev:console".to_owned());
-        for name in ["harness", "product"] {
+        for name in ["harness", "product", "other"] {
             let socket = dir.join(name).with_extension("qmp");
             add("-qmp", format!("unix:{},server=on,wait=off", socket.display()));
         }
@@ -315,6 +315,11 @@ impl Qemu {
     /// A QMP socket that the harness does not use.
     pub fn qmp_socket(&self) -> PathBuf {
         self.dir().join("product.qmp")
+    }
+
+    /// Another one, for a second program that wants something of this VM at the same time.
+    pub fn other_qmp_socket(&self) -> PathBuf {
+        self.dir().join("other.qmp")
     }
 
     /// Runs a QMP command on the harness's own connection.

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use livesnap_tests::daemon::{Daemon, series};
-use livesnap_tests::livesnap::{self, Running};
+use livesnap_tests::livesnap::others_snapshot;
 use livesnap_tests::qemu::{Load, Qemu};
 use livesnap_tests::{is_root_or_skip, poll_until};
 use rustix::process::Signal;
@@ -41,10 +41,8 @@ fn prometheus_is_told_of_snapshots_and_of_what_they_leave() {
         return;
     }
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let second = dir.path().join("qmp");
-    let monitor = format!("unix:{},server=on,wait=off", second.display());
     let load = Load { ring_mib: 64, ..Load::default() };
-    let mut qemu = Qemu::builder().load(load).arguments(["-qmp", &monitor]).start().unwrap();
+    let mut qemu = Qemu::builder().load(load).start().unwrap();
     qemu.wait_ready(BOOT).unwrap();
     let more = "look_seconds = 1\nmetrics_listen = \"127.0.0.1:0\"";
     let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], more).unwrap();
@@ -61,13 +59,10 @@ fn prometheus_is_told_of_snapshots_and_of_what_they_leave() {
         assert_eq!(daemon.get_by_tcp(path).unwrap().status, 404, "{path}");
     }
 
-    // Somebody else's snapshot, which the daemon knows nothing of, is what a snapshot that left something would be.
+    // Somebody else's snapshot is, for the daemon, what one that left something would be.
     let left = ["livesnap_protected_bytes{vm=\"vm1\"}", "livesnap_throttle_ratio{vm=\"vm1\"}"];
     assert_eq!(left.map(value), [Some(0.0); 2]);
-    let mut command =
-        livesnap::command(["snapshot", "--fixed-cpu=50%", "--max-bandwidth=1MiB"]).unwrap();
-    command.arg("--qmp").arg(&second).arg("--out").arg(dir.path().join("other"));
-    let mut other = Running::start(command).unwrap();
+    let mut other = others_snapshot(&qemu, &dir.path().join("other")).unwrap();
     other.reach("copying").unwrap();
     let shows = || {
         let found = left.map(|name| value(name).unwrap_or_default());

@@ -161,15 +161,13 @@ fn what_else_is_done_to_qemu() {
 
     // Two snapshots at once, by two monitors: the second finds the first one's userfaultfd.
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let second = dir.path().join("qmp");
-    let monitor = format!("unix:{},server=on,wait=off", second.display());
-    let mut scene = Scene::new(&builder().arguments(["-qmp", &monitor]));
+    let mut scene = Scene::new(&builder());
     let other = dir.path().join("other");
     let mut first = Running::start(snapshot_command(&scene.qemu, &other, &[]).unwrap()).unwrap();
     first.reach("arming").unwrap();
     first.signal(Signal::STOP).unwrap();
     let mut command = livesnap::command(["snapshot", "--json", "--qmp"]).unwrap();
-    command.arg(&second).arg("--out").arg(scene.out());
+    command.arg(scene.qemu.other_qmp_socket()).arg("--out").arg(scene.out());
     scene.expect_refused(command, "foreign_userfaultfd", &["end the other snapshot"]);
     first.signal(Signal::CONT).unwrap();
     assert!(first.wait().unwrap().status.success());
