@@ -2,7 +2,7 @@
 //!
 //! The preflight judges by it whether RAM can be write-protected at all; the engine chooses by it how to
 //! read pages. Reading smaps walks the page tables, tens of milliseconds per GiB of populated RAM in small pages, so
-//! an attached VMM is looked at once, before anything begins.
+//! a snapshot looks once, before anything begins, and the daemon only at those that it takes no snapshot of.
 
 use std::path::PathBuf;
 

@@ -112,7 +112,7 @@ catalogue! {
     FIRST_TOUCH: Counter, Bytes, "first_touch_bytes_total", [VM],
         "Guest memory that had to be saved at once, because a thread of the guest wrote to it first.";
     DIRTY_RATE: Gauge, BytesPerSecond, "guest_dirty_rate_bytes_per_second", [VM, SOURCE],
-        "Rate at which the guest writes to memory that it had not written to, by how it was found.";
+        "Rate at which the guest writes to memory that it had not written to, by how it was found; first_touch only while a snapshot runs.";
     BUFFER_USED: Gauge, Bytes, "buffer_used_bytes", [VM],
         "Copy buffer in use.";
     BUFFER_LIMIT: Gauge, Bytes, "buffer_limit_bytes", [VM],

@@ -253,6 +253,8 @@ impl Families {
         ] {
             gauge.with_label_values(&[vm]).set(0.0);
         }
+        // Nobody sees them, so 0 would be wrong. There was none before either, if this fails.
+        let _ = self.dirty_rate.remove_label_values(&[vm, "first_touch"]);
     }
 
     /// Where the snapshot of `vm` is; nothing if none was asked for.

@@ -220,13 +220,13 @@ fn close_on_signal(handle: Handle, first: Shutdown, manager: Manager) -> Result<
     Ok(())
 }
 
-/// Virtual machines are looked at when a snapshot has ended: what was left in one shall show.
+/// A virtual machine is looked at when a snapshot of it has ended: what was left in it shall show.
 struct LookAfter(Vms);
 
 impl Observer for LookAfter {
     fn changed(&mut self, _: Option<&Operation>, now: Option<&Operation>) {
-        if now.is_some_and(|now| now.state.is_final()) {
-            self.0.look_soon();
+        if let Some(now) = now.filter(|now| now.state.is_final()) {
+            self.0.look_soon(&now.vm);
         }
     }
 }

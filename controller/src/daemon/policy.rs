@@ -38,7 +38,7 @@ pub struct Policy {
 pub struct PolicyError {
     field: &'static str,
     value: f64,
-    range: &'static str,
+    range: String,
 }
 
 impl Policy {
@@ -49,6 +49,7 @@ impl Policy {
     pub fn check(&self) -> Result<(), PolicyError> {
         let ratio = |value: f64| (SHARE_MIN..=1.0).contains(&value);
         let seconds = |value: f64| (1e-6..=1e9).contains(&value);
+        let share = format!("a share from {SHARE_MIN} to 1");
         let figures = [
             (
                 "stall_limit_seconds",
@@ -56,17 +57,17 @@ impl Policy {
                 seconds as fn(f64) -> bool,
                 "a time above 0",
             ),
-            ("min_cpu_ratio", self.min_cpu_ratio, ratio, "a share from 0.1 to 1"),
+            ("min_cpu_ratio", self.min_cpu_ratio, ratio, &share),
             ("deadline_seconds", self.deadline_seconds, seconds, "a time above 0"),
         ];
         for (field, value, is_good, range) in figures {
             if let Some(value) = value.filter(|value| !is_good(*value)) {
-                return Err(PolicyError { field, value, range });
+                return Err(PolicyError { field, value, range: range.to_owned() });
             }
         }
         if self.max_bandwidth_bytes_per_second == Some(0) {
             let field = "max_bandwidth_bytes_per_second";
-            return Err(PolicyError { field, value: 0.0, range: "at least 1" });
+            return Err(PolicyError { field, value: 0.0, range: "at least 1".to_owned() });
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! A QMP socket serves one client at a time, so whoever wants to talk to a machine takes its turn first: a snapshot's
 //! process waits for it, who only looks comes again later.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 
 use super::config::Config;
@@ -53,8 +53,9 @@ pub struct Vms(Arc<Known>);
 #[derive(Debug, Default)]
 struct Known {
     vms: Mutex<BTreeMap<String, Vm>>,
-    /// Somebody wants them to be looked at.
-    wanted: Notify,
+    /// Those that somebody wants to be looked at, and that there are some.
+    wanted: Mutex<BTreeSet<String>>,
+    woken: Notify,
 }
 
 impl Vms {
@@ -64,7 +65,7 @@ impl Vms {
             .vm
             .iter()
             .map(|vm| (vm.name.clone(), Vm::new(vm.qmp.clone(), Source::Configured)));
-        Self(Arc::new(Known { vms: Mutex::new(named.collect()), wanted: Notify::new() }))
+        Self(Arc::new(Known { vms: Mutex::new(named.collect()), ..Known::default() }))
     }
 
     /// The one of that name.
@@ -93,15 +94,35 @@ impl Vms {
         }
     }
 
-    /// Has them looked at soon.
-    pub fn look_soon(&self) {
-        self.0.wanted.notify_one();
+    /// Has one looked at soon.
+    pub fn look_soon(&self, name: &str) {
+        self.wanted().insert(name.to_owned());
+        self.0.woken.notify_one();
     }
 
     fn seen(&self, name: &str, seen: Seen) {
         if let Some(vm) = self.lock().get_mut(name) {
             vm.seen = Some(Arc::new(seen));
         }
+    }
+
+    /// Looks at one, unless somebody talks to it: one that is being snapshotted is known to live.
+    async fn look_at(&self, name: &str, metrics: &Metrics) {
+        let Some(vm) = self.get(name) else { return };
+        let Ok(turn) = vm.turn.try_lock_owned() else { return };
+        let looked = spawn_blocking(move || {
+            let seen = look(&vm.qmp);
+            drop(turn);
+            seen
+        });
+        if let Ok(seen) = looked.await {
+            metrics.looked(name, &seen);
+            self.seen(name, seen);
+        }
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.0.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Vm>> {
@@ -115,7 +136,7 @@ impl Vm {
     }
 }
 
-/// Looks for machines, and at each of them, again and again, and whenever that is wanted; metrics tell what was seen.
+/// Looks for machines, and at each of them, again and again, and at one whenever that is wanted; metrics tell what was seen.
 pub async fn watch(vms: Vms, patterns: Vec<Pattern>, interval: Duration, metrics: Metrics) {
     loop {
         let patterns = patterns.clone();
@@ -125,21 +146,16 @@ pub async fn watch(vms: Vms, patterns: Vec<Pattern>, interval: Duration, metrics
         for (name, _) in vms.all() {
             metrics.register(&name);
         }
-        for (name, vm) in vms.all() {
-            // One that is being snapshotted is known to live.
-            let Ok(turn) = vm.turn.try_lock_owned() else { continue };
-            let looked = spawn_blocking(move || {
-                let seen = look(&vm.qmp);
-                drop(turn);
-                seen
-            });
-            if let Ok(seen) = looked.await {
-                metrics.looked(&name, &seen);
-                vms.seen(&name, seen);
+        for (name, _) in vms.all() {
+            vms.look_at(&name, &metrics).await;
+        }
+        let next = Instant::now() + interval;
+        while timeout_at(next, vms.0.woken.notified()).await.is_ok() {
+            let wanted = std::mem::take(&mut *vms.wanted());
+            for name in wanted {
+                vms.look_at(&name, &metrics).await;
             }
         }
-        // Either is as good.
-        let _ = timeout(interval, vms.0.wanted.notified()).await;
     }
 }
 
@@ -175,5 +191,25 @@ mod tests {
         assert_eq!(names(), ["named"]);
         let seen = look(&path("a.qmp"));
         assert_eq!(seen.state, VmState::Unreachable);
+    }
+
+    #[tokio::test]
+    async fn only_the_one_that_is_wanted_is_looked_at() {
+        let named = ["a", "b"].map(|name| config::Vm { name: name.into(), qmp: name.into() });
+        let vms = Vms::new(&Config { vm: named.into(), ..Config::default() });
+        let metrics = Metrics::new(Vec::new(), &[], std::iter::empty()).unwrap();
+        let hour = Duration::from_secs(3600);
+        tokio::spawn(watch(vms.clone(), Vec::new(), hour, metrics));
+        let seen = |name| vms.get(name).unwrap().seen;
+        while seen("b").is_none() {
+            tokio::task::yield_now().await;
+        }
+        let first = ["a", "b"].map(|name| seen(name).unwrap());
+        vms.look_soon("b");
+        while Arc::ptr_eq(&seen("b").unwrap(), &first[1]) {
+            tokio::task::yield_now().await;
+        }
+        // Whoever looks at all begins with this one.
+        assert!(Arc::ptr_eq(&seen("a").unwrap(), &first[0]));
     }
 }

@@ -137,6 +137,7 @@ fn counts_grow_across_snapshots_by_what_is_new() {
     }
     is("livesnap_snapshot_phase{phase=\"copying\",vm=\"vm1\"}", 0.0);
     is("livesnap_operations_queued", 0.0);
+    assert!(!metrics.text().unwrap().contains("source=\"first_touch\""));
 }
 
 #[test]
@@ -156,6 +157,8 @@ fn a_running_snapshot_is_shown_with_the_one_that_waits() {
     is(&metrics, "livesnap_throttle_ratio{vm=\"vm1\"}", 0.6);
     is(&metrics, "livesnap_forecast_completion_seconds{vm=\"vm1\"}", f64::INFINITY);
     is(&metrics, "livesnap_drain_rate_bytes_per_second{vm=\"vm1\"}", 99.0);
+    let touches = "livesnap_guest_dirty_rate_bytes_per_second{source=\"first_touch\",vm=\"vm1\"}";
+    is(&metrics, touches, 88.0);
 
     let result = json!({
         "outcome": "completed",
