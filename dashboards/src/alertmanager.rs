@@ -1,18 +1,16 @@
 //! An example of Alertmanager's configuration: who is told of what, and what is not told because something else was.
 
 /// A cause whose alert silences those of its effects.
-#[derive(Clone, Copy, Debug)]
-pub struct Inhibition {
-    /// The cause.
-    pub cause: &'static str,
+struct Inhibition {
+    cause: &'static str,
     /// What it brings about; empty for all alerts of livesnap.
-    pub effects: &'static [&'static str],
+    effects: &'static [&'static str],
     /// What both must have in common.
-    pub equal: &'static [&'static str],
+    equal: &'static [&'static str],
 }
 
 /// So that one cause pages once.
-pub const INHIBITIONS: &[Inhibition] = &[
+const INHIBITIONS: &[Inhibition] = &[
     Inhibition { cause: "TargetDown", effects: &[], equal: &["job", "instance"] },
     Inhibition {
         cause: "AbortBudgetBurn",

@@ -28,17 +28,16 @@ const WRITTEN: &str =
 /// Uid of the data source in every panel: a variable.
 const DATASOURCE: &str = "${datasource}";
 /// Where the runbooks are; everybody has another place for them, and `sed` puts it in.
-pub const RUNBOOKS: &str = "https://runbooks.example/livesnap";
+const RUNBOOKS: &str = "https://runbooks.example/livesnap";
 
 /// Metrics that nothing here shows, and why not.
-pub const UNUSED: &[(&str, &str)] = &[(
+const UNUSED: &[(&str, &str)] = &[(
     "livesnap_last_snapshot_end_timestamp_seconds",
     "for scripts; the dashboards mark ends by the counter of snapshots",
 )];
 
 /// Where the runbook of an alert is.
-#[must_use]
-pub fn runbook_url(alert: &str) -> String {
+fn runbook_url(alert: &str) -> String {
     format!("{RUNBOOKS}/{alert}.md")
 }
 

@@ -87,7 +87,6 @@ struct Lint<'a> {
 enum Use {
     AsItIs,
     AsCounter,
-    Either,
 }
 
 impl Lint<'_> {
@@ -157,7 +156,6 @@ impl Lint<'_> {
         let Series { quantity, labels } = self.infer(&aggregate.expr)?;
         let operator = aggregate.op.to_string();
         let labels = match &aggregate.modifier {
-            _ if operator == "topk" => labels,
             None => BTreeSet::new(),
             Some(modifier) => {
                 known_labels(&operator, &modifier.labels().labels, &labels)?;
@@ -170,7 +168,7 @@ impl Lint<'_> {
         };
         let quantity = match (operator.as_str(), quantity) {
             ("count", _) | ("sum", Quantity::Truth) => Quantity::Number,
-            ("sum" | "min" | "max" | "avg" | "topk", quantity) => quantity,
+            ("sum" | "max", quantity) => quantity,
             _ => return Err(format!("{operator} is not used here")),
         };
         Ok(Series { quantity, labels })
@@ -208,29 +206,22 @@ impl Lint<'_> {
                 let labels = equal.map(|matcher| matcher.name.clone()).collect();
                 Ok(Series { quantity: Quantity::Truth, labels })
             }
-            "clamp_min" | "clamp_max" => self.infer(first()?),
-            name => {
+            name @ ("rate" | "increase") => {
                 let Expr::MatrixSelector(matrix) = first()?.as_ref() else {
-                    return Err(format!("{name} is not used here"));
+                    return Err(format!("{name} of what is no selector"));
                 };
-                let usage = match name {
-                    "rate" | "increase" => Use::AsCounter,
-                    "changes" => Use::Either,
-                    "max_over_time" | "min_over_time" | "avg_over_time" => Use::AsItIs,
-                    _ => return Err(format!("{name} is not used here")),
-                };
-                let Series { quantity, labels } = self.select(&matrix.vs, usage)?;
+                let Series { quantity, labels } = self.select(&matrix.vs, Use::AsCounter)?;
                 let quantity = match (name, quantity) {
                     ("rate", Quantity::Bytes) => Quantity::BytesPerSecond,
                     // Seconds in each second.
                     ("rate", Quantity::Seconds) => Quantity::Ratio,
                     ("rate", Quantity::Number) => Quantity::PerSecond,
                     ("rate", other) => return Err(format!("the rate of {other:?} is nothing")),
-                    ("changes", _) => Quantity::Number,
                     (_, quantity) => quantity,
                 };
                 Ok(Series { quantity, labels })
             }
+            name => Err(format!("{name} is not used here")),
         }
     }
 
@@ -426,6 +417,8 @@ mod tests {
                 "not used here",
             ),
             ("{vm=\"a\"}", "no name"),
+            ("topk(3, livesnap_ram_bytes)", "topk is not used here"),
+            ("absent(sum(livesnap_ram_bytes))", "absent of what is no selector"),
         ] {
             let problem = quantity(text).unwrap_err();
             assert!(problem.contains(word), "{problem}");

@@ -112,8 +112,7 @@ impl Panel {
     }
 
     /// Adds a query.
-    #[must_use]
-    pub fn query(mut self, expr: impl Into<String>, legend: &'static str) -> Self {
+    pub(crate) fn query(mut self, expr: impl Into<String>, legend: &'static str) -> Self {
         self.queries.push(Query { expr: expr.into(), legend });
         self
     }
@@ -176,8 +175,12 @@ impl Panel {
             panel["interval"] = json!("1m");
         }
         if self.shape == Shape::Table {
-            let hidden = json!({"Time": true, "instance": true, "job": true});
-            panel["transformations"] = json!([{"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": {}}}]);
+            // A row is there if it is so: its value says nothing more.
+            let is_truth = self.quantity == Quantity::Truth;
+            let hidden = json!({"Time": true, "Value": is_truth, "instance": true, "job": true});
+            panel["transformations"] = json!([{"id": "organize", "options": {
+                "excludeByName": hidden, "indexByName": {}, "renameByName": {"Value": "count"},
+            }}]);
         }
         panel
     }
@@ -276,7 +279,7 @@ impl Panel {
         let tooltip = json!({"mode": "multi", "sort": "none"});
         match self.shape {
             Shape::Lines | Shape::Bars => json!({
-                "legend": {"showLegend": true, "displayMode": "table", "placement": "bottom", "calcs": ["lastNotNull", "max"]},
+                "legend": {"showLegend": true, "displayMode": "table", "placement": "right", "calcs": ["lastNotNull", "max"]},
                 "tooltip": tooltip,
             }),
             Shape::Figure | Shape::Name => json!({

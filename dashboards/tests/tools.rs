@@ -56,6 +56,10 @@ fn altered(alert: &Alert) -> Vec<Alert> {
         others.push(Alert { lasting: "0s", ..*alert });
         others.push(Alert { lasting: "3h", ..*alert });
     }
+    if alert.keeping != "0s" {
+        others.push(Alert { keeping: "0s", ..*alert });
+        others.push(Alert { keeping: "3h", ..*alert });
+    }
     // Each condition left away.
     for word in [" and ", " unless ", " or "] {
         others.extend(

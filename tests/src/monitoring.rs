@@ -69,6 +69,7 @@ pub struct Monitoring {
     _prometheus: Server,
     _alertmanager: Server,
     port: u16,
+    alertmanager: SocketAddr,
 }
 
 impl Monitoring {
@@ -83,6 +84,8 @@ impl Monitoring {
                 ("127.0.0.1:9099", &receiver.to_string()),
                 ("group_wait: 5s", "group_wait: 1s"),
                 ("group_interval: 10s", "group_interval: 1s"),
+                // Whoever is paged is so again and again, so that a page that stays away shows.
+                ("repeat_interval: 1h", "repeat_interval: 1s"),
             ],
         )?;
         let addresses = [
@@ -93,7 +96,13 @@ impl Monitoring {
         let addresses = addresses.each_ref().map(|(from, to)| (*from, to.as_str()));
         copy(dir, "prometheus/prometheus.yml", &addresses)?;
         copy(dir, "prometheus/recordings.yml", &[])?;
-        copy(dir, "prometheus/alerts.yml", &[("for: 1m", "for: 3s")])?;
+        let times = [
+            (" for: 1m", " for: 3s"),
+            (" for: 2m", " for: 3s"),
+            (" for: 5m", " for: 3s"),
+            ("keep_firing_for: 5m", "keep_firing_for: 1s"),
+        ];
+        copy(dir, "prometheus/alerts.yml", &times)?;
 
         let path = |name: &str| dir.join(name).display().to_string();
         let alertmanager = Server::start(
@@ -116,7 +125,12 @@ impl Monitoring {
                 format!("--web.listen-address=127.0.0.1:{port}"),
             ],
         )?;
-        let monitoring = Self { _prometheus: prometheus, _alertmanager: alertmanager, port };
+        let monitoring = Self {
+            _prometheus: prometheus,
+            _alertmanager: alertmanager,
+            port,
+            alertmanager: alertmanager_address,
+        };
         let log = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
         poll_until("Alertmanager is ready", LIMIT, || {
             Ok(get(alertmanager_address, "/-/ready").ok().filter(|answer| answer.status == 200))
@@ -154,6 +168,16 @@ impl Monitoring {
         let answer = get(address, &format!("/api/v1/{what}?{}", encoded.join("&")))?.body;
         ensure!(answer["status"] == "success", "{parameters:?}: {answer}");
         Ok(answer["data"].clone())
+    }
+
+    /// Alertmanager's own words on each alert with these labels: all of its labels, and what inhibits it.
+    pub fn alerts(&self, labels: &[(&str, &str)]) -> Result<Vec<Value>> {
+        let filter = |(name, value): &(&str, &str)| {
+            format!("filter={}", percent_encoded(&format!("{name}={value:?}")))
+        };
+        let filters: Vec<String> = labels.iter().map(filter).collect();
+        let answer = get(self.alertmanager, &format!("/api/v2/alerts?{}", filters.join("&")))?.body;
+        answer.as_array().cloned().with_context(|| format!("no alerts: {answer}"))
     }
 
     /// What a variable of a dashboard offers: the values of `label` in these series.

@@ -17,9 +17,6 @@ pub mod label;
 pub use catalogue::*;
 pub use label::{outcome_of, outcomes_and_reasons};
 
-/// What all names begin with.
-pub const PREFIX: &str = "livesnap_";
-
 /// One metric, as Prometheus knows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Metric {

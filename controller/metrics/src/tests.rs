@@ -31,7 +31,7 @@ const OTHER_UNITS: [&str; 12] = [
 #[test]
 fn names_have_prefix_unit_and_total() {
     for Metric { name, kind, unit, .. } in CATALOGUE {
-        let rest = name.strip_prefix(PREFIX).unwrap();
+        let rest = name.strip_prefix("livesnap_").unwrap();
         assert!(rest.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'_')), "{name}");
         let counted = rest.strip_suffix("_total");
         assert_eq!(counted.is_some(), matches!(kind, Kind::Counter), "{name}");

@@ -32,8 +32,14 @@ fn now() -> Row {
     Row {
         title: "Now",
         panels: vec![
-            figure(Number, "Daemons up", "Hosts whose daemon answered the last scrape.", "sum(up{job=\"$job\"})")
-                .runbook("TargetDown"),
+            figure(
+                Number,
+                "Daemons down",
+                "Hosts whose daemon did not answer the last scrape; nothing here tells of their virtual machines. Anything but 0 is bad.",
+                "count(up{job=\"$job\"}) - sum(up{job=\"$job\"})",
+            )
+            .bad_from(&[0.5, 1.0])
+            .runbook("TargetDown"),
             figure(Number, "Virtual machines", "Virtual machines that a daemon knows.", "count(livesnap_snapshots_in_progress{%})"),
             figure(Number, "Snapshots running", "Snapshots that run now.", "sum(livesnap_snapshots_in_progress{%})"),
             figure(Number, "Waiting", "Snapshots that wait for their turn, on all hosts.", "sum(livesnap_operations_queued{job=\"$job\"})"),
@@ -48,7 +54,7 @@ fn now() -> Row {
             .runbook("AbortBudgetBurn"),
             figure(
                 Seconds,
-                "Oldest newest snapshot",
+                "Oldest recovery point",
                 "How old the newest snapshot is of the virtual machine that waits longest for one.",
                 "max(vm:livesnap_snapshot_age:seconds{%})",
             )

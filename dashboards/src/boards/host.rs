@@ -34,7 +34,7 @@ fn disk() -> Row {
             .ask(CHOSEN, "histogram_quantile(0.5, sum by (issuer, le) (rate(livesnap_disk_write_latency_seconds_bucket{%}[$__rate_interval])))", "p50 {{issuer}}")
             .ask(CHOSEN, "histogram_quantile(0.99, sum by (issuer, le) (rate(livesnap_disk_write_latency_seconds_bucket{%}[$__rate_interval])))", "p99 {{issuer}}")
             .logarithmic(),
-            Panel::new(Heatmap, Number, "Write latency, all writes", "Each column is a time, each cell a range of latencies; the darker, the more.")
+            Panel::new(Heatmap, Number, "Write latency, all writes", "Each column is a time, each cell a range of latencies; the more a cell stands out, the more there were.")
                 .ask(CHOSEN, "sum by (le) (increase(livesnap_disk_write_latency_seconds_bucket{%}[$__rate_interval]))", "{{le}}"),
             Panel::new(Lines, BytesPerSecond, "Written", "Bytes that all snapshots of this host wrote a second.")
                 .ask(CHOSEN, "sum(rate(livesnap_stored_bytes_total{%}[$__rate_interval]))", "written"),

@@ -11,6 +11,8 @@ const VM: Variable = Variable {
     series: "livesnap_snapshots_in_progress{job=\"$job\", instance=\"$instance\"}",
     is_multiple: false,
 };
+/// What a policy allows is told from what is.
+const LIMIT_COLOURS: &[(&str, &str)] = &[("limit", "red"), ("allowed", "red"), ("deadline", "red")];
 const CHOSEN: &str = "job=\"$job\", instance=\"$instance\", vm=\"$vm\"";
 
 pub fn board() -> Dashboard {
@@ -67,9 +69,10 @@ fn hurt() -> Row {
             .ask(CHOSEN, "histogram_quantile(0.99, sum by (le) (rate(livesnap_fault_stall_seconds_bucket{%}[$__rate_interval])))", "p99")
             .ask(CHOSEN, "histogram_quantile(0.99, sum by (le) (rate(livesnap_fault_service_seconds_bucket{%}[$__rate_interval])))", "p99, handler's part")
             .ask(CHOSEN, "livesnap_policy_stall_limit_seconds{%}", "limit")
+            .colours(LIMIT_COLOURS)
             .logarithmic()
             .runbook("GuestStallHigh"),
-            Panel::new(Heatmap, Number, "Stalls, all of them", "Each column is a time, each cell a range of stalls; the darker, the more.")
+            Panel::new(Heatmap, Number, "Stalls, all of them", "Each column is a time, each cell a range of stalls; the more a cell stands out, the more there were.")
                 .ask(CHOSEN, "sum by (le) (increase(livesnap_fault_stall_seconds_bucket{%}[$__rate_interval]))", "{{le}}")
                 .runbook("GuestStallHigh"),
             Panel::new(
@@ -82,6 +85,7 @@ fn hurt() -> Row {
             .ask(CHOSEN, "livesnap_throttle_ratio{%}", "withheld")
             .ask(CHOSEN, "rate(livesnap_throttled_seconds_total{%}[$__rate_interval])", "CPU seconds a second")
             .ask(CHOSEN, "1 - livesnap_policy_min_cpu_ratio{%}", "allowed")
+            .colours(LIMIT_COLOURS)
             .runbook("ThrottleLeaked"),
             Panel::new(
                 Lines,
@@ -124,6 +128,7 @@ fn finish() -> Row {
             .ask(CHOSEN, "livesnap_buffer_limit_bytes{%}", "bound")
             .ask(CHOSEN, "livesnap_forecast_peak_buffer_bytes{%}", "expected peak")
             .ask(CHOSEN, "livesnap_policy_buffer_bytes{%}", "allowed")
+            .colours(LIMIT_COLOURS)
             .runbook("BufferNearLimit"),
             Panel::new(
                 Lines,
@@ -133,6 +138,7 @@ fn finish() -> Row {
             )
             .ask(CHOSEN, "livesnap_forecast_completion_seconds{%}", "still to go")
             .ask(CHOSEN, "livesnap_policy_deadline_seconds{%}", "deadline")
+            .colours(LIMIT_COLOURS)
             .runbook("SnapshotAborted"),
         ],
     }
@@ -188,8 +194,8 @@ fn last() -> Row {
             figure(
                 Truth,
                 "Succeeded",
-                "Whether the last snapshot that has ended was completed.",
-                "livesnap_last_snapshot_succeeded{%}",
+                "Whether the last snapshot that has ended was completed. No data: the daemon has taken none since its start.",
+                "livesnap_last_snapshot_succeeded{%} and livesnap_last_snapshot_start_timestamp_seconds{%} > 0",
             )
             .runbook("SnapshotAborted"),
             figure(
