@@ -305,6 +305,7 @@ impl Forecast {
             "guest": guest,
             "memory": self.memory,
             "disk": self.disk,
+            "in_words": self.in_words(),
         })
     }
 

@@ -37,6 +37,11 @@ impl Bar {
         }
     }
 
+    /// Whether anybody sees it.
+    pub fn is_seen(&self) -> bool {
+        !self.bar.is_hidden()
+    }
+
     /// Shows `progress`, with what is to be said `more`.
     pub fn show(&mut self, progress: &Progress, more: &str) {
         // The guest stands still: no time for a terminal.

@@ -39,7 +39,7 @@ pub struct Summary {
 }
 
 /// The same, with all that is known of how they are distributed: for those who add up several histograms.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Distribution {
     /// In numbers.
     #[serde(flatten)]

@@ -60,7 +60,8 @@ impl Phase {
 }
 
 /// A session at one moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Progress {
     /// Where it is.
     pub phase: Phase,

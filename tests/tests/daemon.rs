@@ -372,10 +372,25 @@ fn the_daemon_is_asked_from_a_shell() {
     let told = |output: &std::process::Output| {
         String::from_utf8([&output.stdout[..], &output.stderr].concat()).unwrap()
     };
-    let taken = ask(&["snapshot", "vm1", "--out", "monday"]);
+    let known = ask(&["vms"]);
+    assert!(told(&known).starts_with("vm1  "), "{known:?}");
+    let planned = ask(&["plan", "vm1", "--buffer", "1GiB"]);
+    assert_eq!(planned.status.code(), Some(0), "{planned:?}");
+    assert!(told(&planned).contains("destination"), "{planned:?}");
+    let late = ask(&["plan", "vm1", "--deadline", "1ms"]);
+    assert_eq!(late.status.code(), Some(4), "{late:?}");
+    assert!(told(&late).contains("infeasible"), "{late:?}");
+    let limits = ["--on-infeasible", "wait", "--buffer", "512MiB"];
+    let taken = ask(&[&["snapshot", "vm1", "--out", "monday"], &limits[..]].concat());
     assert_eq!(taken.status.code(), Some(0), "{taken:?}");
-    let last = told(&taken).lines().last().unwrap().to_owned();
-    assert!(last.contains("vm1  completed") && last.ends_with("/snapshots/monday"), "{last}");
+    let text = told(&taken);
+    let last = text.lines().rfind(|line| line.contains("vm1  completed")).unwrap();
+    assert!(last.ends_with("/snapshots/monday"), "{last}");
+    // Then a report, as the one-shot command has it.
+    let (_, report) = text.split_once("\nsnapshot in ").unwrap();
+    for word in ["/snapshots/monday\n", "\n  downtime ", "\n  buffer ", " of 512.0 MiB"] {
+        assert!(report.contains(word), "{word}: {report}");
+    }
     let listed = ask(&["list"]);
     assert_eq!(told(&listed).trim_end(), last);
 

@@ -99,7 +99,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     let report = taken?;
     if !args.json && lines.is_none() {
-        attempt.tell(&args.target.out, &report)?;
+        output::line(taken_to(&args.target.out.display()))?;
+        output::line(attempt.in_words(&report))?;
     }
     for warning in &report.warnings {
         output::error(format_args!("warning: {warning}"));
@@ -223,18 +224,23 @@ impl Attempt {
     }
 
     /// For people.
-    fn tell(&self, out: &Path, report: &Report) -> Result<(), Failure> {
+    fn in_words(&self, report: &Report) -> String {
         let mut rows = self.measures.rows();
         rows.extend(self.control.row());
-        output::line(format_args!("snapshot in {}", out.display()))?;
-        output::line(progress::summary(report, &rows))?;
-        reminder(&report.overlays).map_or(Ok(()), output::line)
+        let summary = progress::summary(report, &rows);
+        let reminder = reminder(&report.overlays).map_or(String::new(), |text| format!("\n{text}"));
+        format!("{summary}{reminder}")
     }
 
     /// For programs.
     fn json(&self, out: &Path, taken: &Result<Report, Failure>) -> Value {
         let mut value = match taken {
-            Ok(report) => json!({"outcome": "completed", "directory": out, "report": report}),
+            Ok(report) => json!({
+                "outcome": "completed",
+                "directory": out,
+                "report": report,
+                "in_words": self.in_words(report),
+            }),
             Err(failure) => failure.json(),
         };
         value["forecast"] = self.forecast.as_ref().map(Forecast::json).into();
@@ -244,6 +250,11 @@ impl Attempt {
         }
         value
     }
+}
+
+/// Where a snapshot is, as the first line of its report.
+pub fn taken_to(directory: &impl std::fmt::Display) -> String {
+    format!("snapshot in {directory}")
 }
 
 /// What must not be forgotten where disks go on in overlays.

@@ -36,7 +36,9 @@ use crate::units::{as_nanos, number, percent, whole};
 pub use account::reason;
 use account::{Account, abort_in_words};
 pub use live::{Change, Limits, LiveLimits, on_infeasible_schema};
-pub use policy::{LimitArgs, PolicyArgs, Rule, StateArgs};
+pub use policy::{
+    Infeasible, LimitArgs, PolicyArgs, Rule, StateArgs, parse_bandwidth, parse_share,
+};
 use record::Recorder;
 pub use state::State;
 use state::{Action, Decisions, Outlook};
@@ -369,16 +371,25 @@ impl Acting {
     }
 
     fn in_brief(&self) -> String {
-        let mut text = format!("  guest CPU {}", percent(self.cpu_ratio()));
-        if let Some(forecast) = &self.account.forecast {
-            let peak = crate::output::bytes(whole(forecast.peak_buffer_bytes));
-            text.push_str(&format!("  forecast {peak} of buffer"));
-            if let Some(seconds) = forecast.completion_after_s {
-                text.push_str(&format!(", {seconds:.0} s"));
-            }
-        }
-        text
+        let forecast = self.account.forecast.as_ref();
+        in_brief(
+            self.cpu_ratio(),
+            forecast.map(|forecast| (forecast.peak_buffer_bytes, forecast.completion_after_s)),
+        )
     }
+}
+
+/// What a guest is left, and what is forecast (bytes of the buffer, seconds until the end), for the progress bar.
+pub fn in_brief(cpu_ratio: f64, forecast: Option<(f64, Option<f64>)>) -> String {
+    let mut text = format!("  guest CPU {}", percent(cpu_ratio));
+    if let Some((peak_buffer_bytes, seconds)) = forecast {
+        let peak = crate::output::bytes(whole(peak_buffer_bytes));
+        text.push_str(&format!("  forecast {peak} of buffer"));
+        if let Some(seconds) = seconds {
+            text.push_str(&format!(", {seconds:.0} s"));
+        }
+    }
+    text
 }
 
 /// Whether writes wait for room, or for being captured page by page because there is hardly any.

@@ -71,12 +71,22 @@ impl StateArgs {
     }
 }
 
+/// What to do if limits cannot be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Infeasible {
+pub enum Infeasible {
     /// Give the snapshot up, early
     Abort,
     /// Go on with the guest at its least CPU time, and let writes wait for room in the buffer
     Wait,
+}
+
+impl From<Infeasible> for OnInfeasible {
+    fn from(word: Infeasible) -> Self {
+        match word {
+            Infeasible::Abort => Self::Abort,
+            Infeasible::Wait => Self::Wait,
+        }
+    }
 }
 
 /// Who decides.
@@ -112,10 +122,7 @@ impl PolicyArgs {
             // Too little to forecast anything by: writes that find no room wait.
             None if buffer_bytes < BUFFER_BYTES_MIN => Rule::None,
             None => Rule::Limits(Policy {
-                on_infeasible: match self.on_infeasible {
-                    Infeasible::Abort => OnInfeasible::Abort,
-                    Infeasible::Wait => OnInfeasible::Wait,
-                },
+                on_infeasible: self.on_infeasible.into(),
                 ..self.limits.policy(buffer_bytes)
             }),
         }
@@ -138,14 +145,20 @@ impl PolicyArgs {
 }
 
 /// Bytes a second, of which there must be some.
-fn parse_bandwidth(text: &str) -> Result<NonZeroU64, String> {
+///
+/// # Errors
+/// If it is no size, or nothing.
+pub fn parse_bandwidth(text: &str) -> Result<NonZeroU64, String> {
     let size: ByteSize = text.parse()?;
     NonZeroU64::new(size.as_u64())
         .ok_or_else(|| "at this rate there would never be a snapshot".into())
 }
 
 /// A share as `30%` or `0.3`, no less than can be put into force.
-fn parse_share(text: &str) -> Result<f64, String> {
+///
+/// # Errors
+/// If it is none.
+pub fn parse_share(text: &str) -> Result<f64, String> {
     let share = match text.strip_suffix('%') {
         Some(percent) => percent.trim_end().parse::<f64>().map(|percent| percent / 100.0),
         None => text.parse(),

@@ -56,6 +56,7 @@ pub use config::Config;
 use config::Tcp;
 #[cfg(test)]
 pub use http::problem;
+pub use policy::Policy;
 
 use futures_util::FutureExt as _;
 use http::Api;

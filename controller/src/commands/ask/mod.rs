@@ -1,31 +1,38 @@
 //! `livesnap ask`: a client of the daemon, for people and scripts.
 
 mod client;
+mod limits;
 
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use snapshot_core::Reason;
+use snapshot_core::{Progress, Reason};
 
 use self::client::Client;
+use super::snapshot::taken_to;
+use crate::control_loop::in_brief;
+use crate::daemon::Policy;
+use crate::progress::Bar;
 use crate::{Failure, output};
 
 const EXAMPLES: &str = "\
 Examples:
-  livesnap ask snapshot vm1
+  livesnap ask vms
+  livesnap ask plan vm1 --deadline 5m
+  livesnap ask snapshot vm1 --buffer 2GiB --min-cpu 50%
   livesnap ask list
   livesnap ask --json show 06443a5ca8b2f0 | jq .result.report.downtime
   livesnap ask abort 06443a5ca8b2f0
 
-A snapshot is followed until its end, unless --detach is given. Ctrl-C ends only the following: the daemon goes on with the
-snapshot, and `follow` takes it up again.
+A snapshot is followed until its end, unless --detach is given, and then reported as by `livesnap snapshot`. Ctrl-C ends only the
+following: the daemon goes on with the snapshot, and `follow` takes it up again.
 
 Exit codes:
-  0    done; of a snapshot that is followed: there is one
+  0    done; of a snapshot that is followed: there is one; of a plan: a snapshot would be begun
   1    failed: the snapshot, or the daemon went away
   2    wrong usage
   3    refused by the daemon, or it could not be asked
-  4    the snapshot was given up, or not begun, because its limits cannot be kept
+  4    the snapshot was given up, or not begun, because its limits cannot be kept; or a plan says that it would be
   130  the snapshot was aborted";
 
 /// Ask the daemon for snapshots, and how they are
@@ -42,16 +49,38 @@ pub struct Args {
     what: What,
 }
 
+/// Of which virtual machine, where to, and how.
+#[derive(clap::Args)]
+struct Request {
+    /// Name of the virtual machine
+    vm: String,
+    /// Where it shall lie: below one of the daemon's directories, absolute or relative to the first [default: VM/ID]
+    #[arg(long, value_name = "DIR")]
+    out: Option<String>,
+    #[command(flatten)]
+    limits: limits::Args,
+}
+
+impl Request {
+    fn json(&self) -> Value {
+        json!({"vm": self.vm, "destination": self.out, "policy": Policy::from(&self.limits)})
+    }
+}
+
 /// What the daemon is asked.
 #[derive(clap::Subcommand)]
 enum What {
+    /// List the virtual machines, and what would refuse a snapshot
+    Vms,
+    /// Forecast whether a snapshot would keep its limits, without taking one
+    Plan {
+        #[command(flatten)]
+        request: Request,
+    },
     /// Take a snapshot, and follow it until its end
     Snapshot {
-        /// Name of the virtual machine
-        vm: String,
-        /// Where it shall lie: below one of the daemon's directories, absolute or relative to the first [default: VM/ID]
-        #[arg(long, value_name = "DIR")]
-        out: Option<String>,
+        #[command(flatten)]
+        request: Request,
         /// Do not follow it
         #[arg(long)]
         detach: bool,
@@ -79,23 +108,25 @@ enum What {
 pub fn run(args: &Args) -> Result<(), Failure> {
     let client = Client::new(&args.daemon);
     match &args.what {
-        What::Snapshot { vm, out, detach } => {
-            let request = json!({"vm": vm, "destination": out});
-            let operation = client.call("POST", "/snapshot", Some(&request))?;
+        What::Vms => args.list(&client, "/vms", "vms", vm_row),
+        What::Plan { request } => {
+            let told = client.call("POST", "/snapshot/plan", Some(&request.json()))?;
+            match told["forecast"]["in_words"].as_str() {
+                _ if args.json => output::json(&told)?,
+                Some(text) => output::line(text)?,
+                None => {}
+            }
+            if told["is_feasible"] == true { Ok(()) } else { Err(ended(&told)) }
+        }
+        What::Snapshot { request, detach } => {
+            let operation = client.call("POST", "/snapshot", Some(&request.json()))?;
             if *detach {
                 return args.show(&operation);
             }
             let id = operation["id"].as_str().unwrap_or_default();
             args.follow(&client, id)
         }
-        What::List => {
-            let page = client.call("GET", "/snapshot", None)?;
-            if args.json {
-                return output::json(&page);
-            }
-            let operations = page["operations"].as_array();
-            operations.into_iter().flatten().try_for_each(|operation| output::line(row(operation)))
-        }
+        What::List => args.list(&client, "/snapshot", "operations", row),
         What::Show { id } => args.show(&client.call("GET", &path(id)?, None)?),
         What::Follow { id } => args.follow(&client, id),
         What::Abort { id } => {
@@ -109,21 +140,51 @@ impl Args {
         if self.json { output::json(operation) } else { output::line(row(operation)) }
     }
 
-    /// Shows an operation as it changes; its end is the command's.
+    /// Shows a list, each of `field` as a line.
+    fn list(
+        &self,
+        client: &Client,
+        path: &str,
+        field: &str,
+        row: fn(&Value) -> String,
+    ) -> Result<(), Failure> {
+        let page = client.call("GET", path, None)?;
+        if self.json {
+            return output::json(&page);
+        }
+        page[field].as_array().into_iter().flatten().try_for_each(|known| output::line(row(known)))
+    }
+
+    /// Shows an operation as it changes, on a terminal by a bar; its end is the command's.
     fn follow(&self, client: &Client, id: &str) -> Result<(), Failure> {
-        let (mut shown, mut last) = (String::new(), Value::Null);
+        let (mut bar, mut shown, mut last) = (Bar::new(), String::new(), Value::Null);
         for operation in client.follow(&format!("{}/events", path(id)?))? {
             last = operation?;
-            let row = row(&last);
             if self.json {
                 output::line(output::json_line(&last)?)?;
-            } else if row != shown {
-                output::line(&row)?;
-                shown = row;
+                continue;
+            }
+            match progress(&last).filter(|_| bar.is_seen()) {
+                Some(progress) => bar.show(&progress, &control(&last)),
+                None => {
+                    let row = row(&last);
+                    if row != shown {
+                        bar.end();
+                        output::line(&row)?;
+                        shown = row;
+                    }
+                }
             }
         }
+        bar.end();
         match last["state"].as_str() {
-            Some("completed") => Ok(()),
+            Some("completed") => {
+                let report = last["result"]["in_words"].as_str().filter(|_| !self.json);
+                let destination = last["destination"].as_str().unwrap_or_default();
+                report.map_or(Ok(()), |report| {
+                    output::line(format_args!("{}\n{report}", taken_to(&destination)))
+                })
+            }
             Some("aborted" | "failed") => Err(ended(&last)),
             _ => {
                 let lost = "the daemon has gone away: `follow` the operation when it is back";
@@ -131,6 +192,49 @@ impl Args {
             }
         }
     }
+}
+
+/// How far an operation's session is, while there is one.
+fn progress(operation: &Value) -> Option<Progress> {
+    if operation["ended_at"].is_string() {
+        return None;
+    }
+    let mut progress = operation["progress"].clone();
+    let fields = progress.as_object_mut()?;
+    fields.retain(|_, value| !value.is_null());
+    // Where it waits, there is no such phase.
+    fields.insert("phase".into(), operation["state"].clone());
+    serde_json::from_value(progress).ok()
+}
+
+/// What its controller does, for the bar.
+fn control(operation: &Value) -> String {
+    let control = &operation["progress"]["control"];
+    let forecast = &control["forecast"];
+    let peak = forecast["peak_buffer_bytes"].as_f64();
+    let forecast = peak.map(|peak| (peak, forecast["completion_seconds"].as_f64()));
+    let ratio = control["cpu_ratio_mean"].as_f64();
+    ratio.map_or(String::new(), |ratio| in_brief(ratio, forecast))
+}
+
+/// A virtual machine in one line.
+fn vm_row(vm: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let refusals = vm["seen"]["refusals"].as_array();
+    let refusals: Vec<_> =
+        refusals.into_iter().flatten().map(|refusal| text(&refusal["reason"])).collect();
+    let refused = match (vm["seen"]["error"]["reason"].as_str(), &refusals[..]) {
+        (Some(reason), _) => format!("  {reason}"),
+        (None, []) => String::new(),
+        (None, refusals) => format!("  refused: {}", refusals.join(", ")),
+    };
+    format!(
+        "{}  {:<11}  last {}  next {}{refused}",
+        text(&vm["name"]),
+        text(&vm["seen"]["state"]),
+        text(&vm["last_completed_at"]),
+        text(&vm["next_at"]),
+    )
 }
 
 /// An operation in one line.
@@ -179,6 +283,10 @@ fn path(id: &str) -> Result<String, Failure> {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+    use snapshot_core::Phase;
+
     use super::*;
 
     #[test]
@@ -194,6 +302,37 @@ mod tests {
         });
         assert_eq!(row(&failed), "08  vm1  failed         -  /backup/vm1/08  by hourly  io");
         assert_eq!((ended(&failed).reason, ended(&failed).to_string()), (Reason::Io, "no".into()));
+    }
+
+    #[test]
+    fn a_virtual_machine_is_a_line() {
+        let vm = json!({
+            "name": "vm1", "last_completed_at": null, "next_at": "2026-01-02T00:00:00Z",
+            "seen": {"state": "running", "refusals": [{"reason": "hugetlb"}, {"reason": "vfio"}], "error": null},
+        });
+        let line = "vm1  running      last -  next 2026-01-02T00:00:00Z  refused: hugetlb, vfio";
+        assert_eq!(vm_row(&vm), line);
+        assert_eq!(
+            vm_row(&json!({"name": "vm2", "seen": null})),
+            "vm2  -            last -  next -"
+        );
+    }
+
+    #[test]
+    fn the_bar_is_shown_what_a_session_of_its_own_would_show() {
+        let operation = json!({"state": "copying", "ended_at": null, "progress": {
+            "total_bytes": 8, "saved_bytes": 3, "first_touches": [{"thread": 7, "faults": 1, "bytes": 2}], "service": null,
+            "control": {"cpu_ratio_mean": 0.5, "forecast": {"peak_buffer_bytes": 1024.0, "completion_seconds": 3.2}},
+        }});
+        let shown = progress(&operation).unwrap();
+        assert_eq!((shown.phase, shown.total_bytes, shown.saved_bytes), (Phase::Copying, 8, 3));
+        assert_eq!(control(&operation), "  guest CPU 50 %  forecast 1.0 KiB of buffer, 3 s");
+        for state in ["queued", "completed", "failed"] {
+            let mut operation = operation.clone();
+            operation["state"] = json!(state);
+            operation["ended_at"] = json!((state != "queued").then_some("now"));
+            assert_eq!(progress(&operation), None, "{state}");
+        }
     }
 
     #[test]
