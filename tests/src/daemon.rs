@@ -5,10 +5,12 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -102,7 +104,7 @@ impl Daemon {
 
     /// Starts it as configured in `dir`, and waits until it is ready.
     pub fn start(dir: &Path) -> Result<Self> {
-        Self::ready(dir, Self::command(dir)?)
+        Self::spawn(dir, Self::command(dir)?)
     }
 
     /// The same through another program, which gets the daemon's command line behind its own and must replace itself by it.
@@ -110,12 +112,37 @@ impl Daemon {
         let daemon = Self::command(dir)?;
         program.arg(daemon.get_program()).args(daemon.get_args());
         program.stderr(Self::log_file(dir)?);
-        Self::ready(dir, program)
+        Self::spawn(dir, program)
     }
 
-    fn ready(dir: &Path, mut command: Command) -> Result<Self> {
+    /// Starts it, and follows the phases of its snapshots as they log them.
+    pub fn start_followed(dir: &Path) -> Result<(Self, Phases)> {
+        let mut command = Self::command(dir)?;
+        command.env("RUST_LOG", "info,snapshot_core=debug").stderr(Stdio::piped());
+        let mut child = command.spawn().context("cannot start the daemon")?;
+        let stderr = child.stderr.take().context("the daemon has no stderr")?;
+        let mut log = Self::log_file(dir)?;
+        let (sender, lines) = channel();
+        // Ends with the daemon and its snapshots, which share the pipe.
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(std::result::Result::ok) {
+                // Nobody may be interested any more; then it is still logged.
+                let _ = sender.send(line.clone());
+                if writeln!(log, "{line}").is_err() {
+                    return;
+                }
+            }
+        });
+        Ok((Self { child, dir: dir.into() }.ready()?, Phases(lines)))
+    }
+
+    fn spawn(dir: &Path, mut command: Command) -> Result<Self> {
         let child = command.spawn().context("cannot start the daemon")?;
-        let mut daemon = Self { child, dir: dir.into() };
+        Self { child, dir: dir.into() }.ready()
+    }
+
+    fn ready(self) -> Result<Self> {
+        let mut daemon = self;
         poll_until("the daemon is ready", LIMIT, || {
             if let Some(status) = daemon.child.try_wait().context("cannot wait for the daemon")? {
                 bail!("the daemon has ended with {status}; it logged:\n{}", daemon.log());
@@ -271,12 +298,22 @@ impl Daemon {
         kill_process(Pid::from_child(&self.child), signal).context("cannot signal the daemon")
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The processes that it has started.
     pub fn children(&self) -> Result<Vec<Pid>> {
-        let pid = self.child.id();
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
-            .context("cannot list the daemon's children")?;
-        Ok(children.split(' ').filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
+        children(Pid::from_child(&self.child))
+    }
+
+    /// The processes of the snapshots that run, and their guards, as far as they have one by now.
+    pub fn snapshots(&self) -> Result<Family> {
+        let processes = self.children()?;
+        // One that has just ended has none.
+        let guards = processes.iter().flat_map(|pid| children(*pid).unwrap_or_default()).collect();
+        Ok(Family { processes, guards })
     }
 
     /// Sends a signal and waits for its end.
@@ -290,6 +327,71 @@ impl Daemon {
         poll_until("the daemon ends", LIMIT, || {
             self.child.try_wait().context("cannot wait for the daemon")
         })
+    }
+}
+
+/// The processes that the main thread of `pid` has started.
+fn children(pid: Pid) -> Result<Vec<Pid>> {
+    let pid = pid.as_raw_nonzero();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+        .with_context(|| format!("cannot list the children of process {pid}"))?;
+    Ok(children.split(' ').filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
+}
+
+/// The processes of snapshots.
+#[derive(Debug)]
+pub struct Family {
+    processes: Vec<Pid>,
+    guards: Vec<Pid>,
+}
+
+impl Family {
+    /// Has them all stand still; a guard would wake its owner.
+    pub fn stop(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// Has them go on.
+    pub fn go_on(&self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    /// Kills the snapshots' processes, and leaves their guards.
+    pub fn kill(&self) -> Result<()> {
+        signal_all(&self.processes, Signal::KILL)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        signal_all(&self.guards, signal)?;
+        signal_all(&self.processes, signal)
+    }
+}
+
+/// Those that have ended need no signal.
+fn signal_all(pids: &[Pid], signal: Signal) -> Result<()> {
+    for pid in pids {
+        match kill_process(*pid, signal) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(errno) => return Err(errno).context("cannot signal a snapshot's processes"),
+        }
+    }
+    Ok(())
+}
+
+/// The phases of a daemon's snapshots, as they come.
+#[derive(Debug)]
+pub struct Phases(Receiver<String>);
+
+impl Phases {
+    /// Waits until a session enters `phase`, such as "copying".
+    pub fn reach(&mut self, phase: &str) -> Result<()> {
+        let wanted = format!("session phase=\"{phase}\"");
+        loop {
+            let line = self.0.recv_timeout(LIMIT);
+            if line.with_context(|| format!("no snapshot came to {phase}"))?.ends_with(&wanted) {
+                return Ok(());
+            }
+        }
     }
 }
 

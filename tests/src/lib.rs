@@ -13,6 +13,7 @@
 //! monitoring  Prometheus and Alertmanager, and one who is told
 //! cpu_time    what quotas withhold from threads
 //! slow_disk   a destination as slow as is wanted
+//! traces      what a snapshot may leave behind
 //! restored    a VM that the product has brought back
 //! interrupt   lets Ctrl-C end demo, soak and bench as an error does
 //! ```
@@ -43,6 +44,7 @@ pub mod qmp;
 pub mod qmp_proxy;
 pub mod restored;
 pub mod slow_disk;
+pub mod traces;
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -17,6 +17,7 @@ use livesnap_tests::livesnap::{Ended, Running, snapshot, snapshot_command};
 use livesnap_tests::mount::Mount;
 use livesnap_tests::qemu::{Builder, Disk, Format, Load, Qemu, Ram};
 use livesnap_tests::qmp_proxy::{Answer, QmpProxy};
+use livesnap_tests::traces::Traces;
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -59,17 +60,6 @@ impl Moments {
             std::hint::spin_loop();
         }
     }
-}
-
-/// Where snapshots may leave something.
-#[derive(Debug, PartialEq)]
-struct Traces {
-    /// Beside the disk's image.
-    files: Vec<PathBuf>,
-    /// QEMU's block nodes, the guest's disk first.
-    nodes: Vec<Value>,
-    /// QEMU's jobs.
-    jobs: Value,
 }
 
 /// A busy VM with a disk, and where its snapshots go.
@@ -140,14 +130,7 @@ impl Scene {
 
     /// What is to be seen of snapshots.
     fn traces(&mut self) -> Traces {
-        let entries = std::fs::read_dir(self.dir.path()).unwrap();
-        let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-        files.sort();
-        let blocks = self.qemu.qmp("query-block", json!({})).unwrap();
-        let nodes = self.qemu.qmp("query-named-block-nodes", json!({})).unwrap();
-        let nodes = [&blocks[0]["inserted"]].into_iter().chain(nodes.as_array().unwrap());
-        let nodes = nodes.map(|node| node["node-name"].clone()).collect();
-        Traces { files, nodes, jobs: self.qemu.qmp("query-jobs", json!({})).unwrap() }
+        Traces::of(&mut self.qemu, self.dir.path()).unwrap()
     }
 
     /// Takes a snapshot into the place of the failed ones, which is consistent, and the guest finds all it

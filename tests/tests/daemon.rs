@@ -282,9 +282,14 @@ fn what_waits_has_its_turn_also_after_a_restart() {
     }
     let (first, second) = (boot(), boot());
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let vms = [("vm1", &first), ("vm2", &second)];
-    let more = "queued_max = 1\n[[vm]]\nname = \"vm3\"\nqmp = \"/nobody/is/there\"";
-    let daemon = Daemon::serve(dir.path(), &vms, more).unwrap();
+    // The one that waits is found by its socket.
+    let found = dir.path().join("vm2.qmp");
+    symlink(second.qmp_socket(), &found).unwrap();
+    let more = format!(
+        "queued_max = 1\ndiscover = [{:?}]\n[[vm]]\nname = \"vm3\"\nqmp = \"/nobody/is/there\"",
+        found.with_file_name("*.qmp")
+    );
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &first)], &more).unwrap();
     let submit = |request: &Value| daemon.post("/snapshot", &[], request).unwrap();
     let running = path_of(&submit(&slow_request("vm1")).body);
     daemon.wait_state(&running, "copying").unwrap();

@@ -187,24 +187,22 @@ pub struct Book {
 }
 
 impl Book {
-    /// With the operations of an earlier daemon. Those that ran were ended by its end; those that waited still do.
-    pub fn new(bounds: Bounds, earlier: Vec<Record>, now: &str) -> Self {
+    /// With the operations of an earlier daemon. Those that ran are being ended by its end, which somebody has to wait for:
+    /// they are the changes. Those that waited still do.
+    pub fn new(bounds: Bounds, earlier: Vec<Record>) -> Self {
         let mut book =
             Self { bounds, entries: BTreeMap::new(), closing: None, changes: Vec::new() };
         for mut record in earlier {
             let operation = &mut record.operation;
             let id = operation.id.clone();
-            if operation.state.is_running() {
+            let was_running = operation.state.is_running();
+            if was_running {
                 operation.version += RESTART_LEAP;
-                close(operation, State::Aborted, now);
-                operation.error = Some(OperationError {
-                    reason: Reason::DaemonRestart,
-                    detail: "the daemon ended before the snapshot was complete: take it again"
-                        .into(),
-                });
+                operation.state = State::Aborting;
                 book.changes.push(id.clone());
             }
-            book.entries.insert(id, Entry::new(record));
+            // Its process was told to end by the kernel.
+            book.entries.insert(id, Entry { is_told: was_running, ..Entry::new(record) });
         }
         book
     }

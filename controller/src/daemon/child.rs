@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
@@ -27,9 +27,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::destination::Place;
+use super::lease::Lease;
 use super::operation::{Ended, OperationError, Progress, State};
 use super::policy::Policy;
-use super::vms::Vm;
+use super::vms::{Turn, Vm};
 use crate::commands::child_of;
 use crate::control_loop;
 
@@ -42,6 +43,8 @@ const CHANGES_MAX: usize = 16;
 const LINE_LIMIT: Duration = Duration::from_secs(1);
 /// Why limits are not changed by a process that has not taken earlier changes yet.
 pub const BUSY: &str = "the snapshot's process is busy with other changes: ask again";
+/// What a process tells of a snapshot that is there.
+const COMPLETED: &str = "completed";
 /// This program, also if its file was replaced meanwhile.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
@@ -103,14 +106,65 @@ pub async fn run(
     mut bandwidth: Bandwidth,
     told: Sender<(String, Told)>,
 ) {
-    let id = task.id.clone();
+    let (id, place) = (task.id.clone(), task.place.clone());
     let _turn = task.vm.turn.clone().lock_owned().await;
-    let ended = match start(task).await {
-        Ok(child) => follow(&id, child, &mut orders, &mut bandwidth, &told).await,
+    let lease = Lease::of(&task.runtime_dir, &id);
+    let began = SystemTime::now();
+    let ended = match start(task, &lease).await {
+        Ok(child) => match follow(&id, child, &mut orders, &mut bandwidth, &told).await {
+            Followed::Told(ended) => ended,
+            // It may have died behind its last step.
+            Followed::Silent(ended) => committed(place, began).await.unwrap_or(ended),
+        },
         Err(error) => without(Reason::BadDestination, error.to_string()),
     };
     // Nobody is left to hear it if this fails.
     let _ = told.send((id, Told::Ended(ended))).await;
+}
+
+/// A process that an earlier daemon has started, and that nobody follows any more.
+#[derive(Debug)]
+pub struct Outlived {
+    /// The operation.
+    pub id: String,
+    /// Tells whether it lives.
+    pub lease: Lease,
+    /// Whose turn it is to talk to its virtual machine, if that is still known.
+    pub turn: Option<Turn>,
+    /// Where its snapshot shall lie, if that is still allowed.
+    pub place: Option<Place>,
+    /// When it was started.
+    pub began: SystemTime,
+}
+
+/// Waits for its end, and tells what has become of its snapshot: it may have been past its last step when the daemon ended.
+pub async fn outlive(outlived: Outlived, told: Sender<(String, Told)>) {
+    let Outlived { id, lease, turn, place, began } = outlived;
+    let _turn = match turn {
+        Some(turn) => Some(turn.lock_owned().await),
+        None => None,
+    };
+    lease.ended().await;
+    let found = match place {
+        Some(place) => committed(place, began).await,
+        None => None,
+    };
+    let ended = found.unwrap_or_else(|| {
+        let detail = "the daemon ended before the snapshot was complete: take it again".into();
+        let error = OperationError { reason: Reason::DaemonRestart, detail };
+        Ended::Without { is_given_up: true, error, result: None }
+    });
+    let _ = told.send((id, Told::Ended(ended))).await;
+}
+
+/// The end of a process that has committed its snapshot without telling.
+async fn committed(place: Place, began: SystemTime) -> Option<Ended> {
+    let directory = place.path();
+    let found = spawn_blocking(move || place.committed(began)).await.ok()??;
+    tracing::info!(directory = %directory.display(), "there is a snapshot, though its process did not tell");
+    Some(Ended::Completed(serde_json::json!({
+        "outcome": COMPLETED, "directory": directory, "report": found,
+    })))
 }
 
 /// Why a process could not be started.
@@ -122,9 +176,11 @@ enum StartError {
     Spawn(#[from] io::Error),
 }
 
-async fn start(task: Task) -> Result<Child, StartError> {
+async fn start(task: Task, lease: &Lease) -> Result<Child, StartError> {
     let place = task.place.clone();
     let directory = spawn_blocking(move || place.open()).await.map_err(io::Error::other)??;
+    // It lies in memory, and nothing else is started before this process is: no other inherits it.
+    let _held = lease.take()?;
     Ok(snapshot(&task, &directory).spawn()?)
 }
 
@@ -150,6 +206,14 @@ pub fn command(arguments: &[&str], directory: &OwnedFd) -> Command {
     command
 }
 
+/// How a process has ended.
+enum Followed {
+    /// As it has told.
+    Told(Ended),
+    /// It has told nothing; this is to be said of it if there is no snapshot.
+    Silent(Ended),
+}
+
 /// Until its end.
 async fn follow(
     id: &str,
@@ -157,10 +221,11 @@ async fn follow(
     orders: &mut Receiver<Order>,
     bandwidth: &mut Bandwidth,
     told: &Sender<(String, Told)>,
-) -> Ended {
+) -> Followed {
     let pid = child.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
     let (Some(stdout), Some(mut stdin)) = (child.stdout.take(), child.stdin.take()) else {
-        return without(Reason::Internal, "the snapshot's process has no input or output".into());
+        let detail = "the snapshot's process has no input or output".into();
+        return Followed::Silent(without(Reason::Internal, detail));
     };
     let (asked, changes) = channel(CHANGES_MAX);
     let mut reader = tokio::spawn(read(id.to_owned(), stdout, changes, told.clone()));
@@ -206,7 +271,7 @@ async fn follow(
             None
         }
     };
-    last.unwrap_or_else(|| unreported(status, is_told))
+    last.map_or_else(|| Followed::Silent(unreported(status, is_told)), Followed::Told)
 }
 
 /// The same change, with no more than its share of the disk: what that becomes by the change is told afterwards.
@@ -313,7 +378,7 @@ fn parse(line: &[u8]) -> Result<News, serde_json::Error> {
 /// What `livesnap snapshot --json` tells at its end.
 fn ended(result: Value) -> Ended {
     let outcome = result["outcome"].as_str().unwrap_or_default();
-    if outcome == "completed" {
+    if outcome == COMPLETED {
         return Ended::Completed(result);
     }
     let reason = serde_json::from_value(result["reason"].clone()).unwrap_or(Reason::Internal);

@@ -8,10 +8,12 @@
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, mkdirat, open, openat2, statat};
 use rustix::io::Errno;
-use snapshot_core::image::Staging;
+use serde_json::Value;
+use snapshot_core::image::{Snapshot, Staging};
 
 use super::name::{NAME_RULE, is_name};
 
@@ -180,6 +182,16 @@ impl Place {
             let directory = Path::new("/proc/self/fd").join(way.directory.as_raw_fd().to_string());
             drop(Staging::create(&directory.join(self.name())));
         }
+    }
+
+    /// What was measured while the snapshot was taken that lies there, if it was taken at `since` or later.
+    pub fn committed(&self, since: SystemTime) -> Option<Value> {
+        let way = self.walk(false).ok().filter(|way| way.depth == self.parents.len())?;
+        let directory = Path::new("/proc/self/fd").join(way.directory.as_raw_fd().to_string());
+        let snapshot = Snapshot::open(&directory.join(self.name())).ok()?;
+        let manifest = snapshot.manifest();
+        let since_ms = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        (u128::from(manifest.taken_at_unix_ms) >= since_ms).then(|| manifest.report.clone())
     }
 
     /// Goes as far towards the snapshot as there are directories, or makes them.

@@ -154,7 +154,7 @@ mod tests {
     fn record(id: &str) -> Record {
         let budget = Budget::default();
         let bounds = Bounds { running_max: 1, queued_max: 1, remembered_max: 1, budget };
-        let mut book = Book::new(bounds, Vec::new(), "now");
+        let mut book = Book::new(bounds, Vec::new());
         let request = Request { vm: "vm1".into(), destination: None, policy: Default::default() };
         book.submit(id, &request, "/backup/a", Some("key"), "now").unwrap();
         book.get(id).unwrap().clone()

@@ -14,6 +14,7 @@
 //! schedule      when a snapshot is due: pure
 //! supervisor    the one task that owns the book
 //! child         the process that takes one snapshot
+//! lease         whether such a process lives, also if its daemon does not
 //! forecast      the one that only tells whether it would keep its limits
 //! journal       what of the book survives
 //! metrics       what Prometheus is told
@@ -33,6 +34,7 @@ mod discovery;
 mod forecast;
 mod http;
 mod journal;
+mod lease;
 mod look;
 mod metrics;
 mod name;
@@ -133,6 +135,8 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
         None => None,
     };
     let vms = Vms::new(&config);
+    // What waits for its turn may be of one that has to be found first.
+    vms.find(&config.discover);
     let metrics_tcp = match config.metrics_listen {
         Some(listen) => {
             let gate = Gate::new(&Tcp { listen, token_file: None })?;

@@ -15,16 +15,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use humantime::parse_rfc3339;
 use snapshot_core::Reason;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::book::{Action, Book, OverBudget, Record, Rejected, Shutdown, Unforgettable};
-use super::child::{self, Change, Order, Task, Told};
+use super::child::{self, Change, Order, Outlived, Task, Told};
 use super::config::Config;
 use super::destination::{DestinationError, Place};
 use super::journal::{Journal, JournalError};
+use super::lease::Lease;
 use super::operation::{self, Ended, Observer, Operation, Request, State, timestamp};
 use super::schedule::{Agenda, Turn};
 use super::vms::{Vm, Vms};
@@ -296,7 +298,7 @@ impl Supervisor {
         let operations = earlier.iter().map(|record| &record.operation);
         let operations =
             operations.map(|known| (known.id.clone(), Arc::new(known.clone()))).collect();
-        let book = Book::new(config.bounds(), earlier, &timestamp());
+        let book = Book::new(config.bounds(), earlier);
         let (view, seen) = watch::channel(Arc::new(View { operations, ..View::default() }));
         let (sender, commands) = mpsc::channel(MAILBOX);
         let (teller, told) = mpsc::channel(MAILBOX);
@@ -330,7 +332,7 @@ impl Supervisor {
     pub async fn run(mut self) {
         // These were running when an earlier daemon ended.
         for id in self.book.changes() {
-            self.clear(id);
+            self.outlive(id);
         }
         self.publish().await;
         while !self.book.is_closed() {
@@ -435,6 +437,21 @@ impl Supervisor {
     fn place(&self, operation: &Operation) -> Result<Place, DestinationError> {
         let Operation { destination, vm, id, .. } = operation;
         Place::new(&self.config.destinations, Some(destination), vm, id)
+    }
+
+    /// Has waited for the end of a process that an earlier daemon has started.
+    fn outlive(&self, id: &str) {
+        let Some(record) = self.book.get(id) else { return };
+        let operation = &record.operation;
+        let began = operation.started_at.as_deref();
+        let outlived = Outlived {
+            id: id.into(),
+            lease: Lease::of(&self.config.runtime_dir, id),
+            turn: self.vms.get(&operation.vm).map(|vm| vm.turn),
+            place: self.place(operation).ok(),
+            began: began.and_then(|text| parse_rfc3339(text).ok()).unwrap_or_else(SystemTime::now),
+        };
+        tokio::spawn(child::outlive(outlived, self.teller.clone()));
     }
 
     /// Has removed what a process may have left that could not end by itself.

@@ -78,6 +78,11 @@ impl Vms {
         self.lock().iter().map(|(name, vm)| (name.clone(), vm.clone())).collect()
     }
 
+    /// Looks for further ones, which may wait for a file system.
+    pub fn find(&self, patterns: &[Pattern]) {
+        self.found(&find(patterns));
+    }
+
     /// Takes up those that were found, and drops those that are not found any more. A name that the configuration gives
     /// stays with it.
     fn found(&self, sockets: &BTreeMap<String, PathBuf>) {
@@ -139,10 +144,9 @@ impl Vm {
 /// Looks for machines, and at each of them, again and again, and at one whenever that is wanted; metrics tell what was seen.
 pub async fn watch(vms: Vms, patterns: Vec<Pattern>, interval: Duration, metrics: Metrics) {
     loop {
-        let patterns = patterns.clone();
-        if let Ok(sockets) = spawn_blocking(move || find(&patterns)).await {
-            vms.found(&sockets);
-        }
+        let (seeker, patterns) = (vms.clone(), patterns.clone());
+        // It goes on with those that are known if this fails.
+        let _ = spawn_blocking(move || seeker.find(&patterns)).await;
         for (name, _) in vms.all() {
             metrics.register(&name);
         }
@@ -179,7 +183,7 @@ mod tests {
         let named = config::Vm { name: "named".into(), qmp: path("known.qmp") };
         let vms = Vms::new(&Config { vm: vec![named], ..Config::default() });
         let names = || {
-            vms.found(&find(&patterns));
+            vms.find(&patterns);
             vms.all().into_iter().map(|(name, _)| name).collect::<Vec<_>>()
         };
         let _sockets =
