@@ -11,6 +11,7 @@ mod check;
 mod kernel;
 mod package;
 mod schema;
+mod schemathesis;
 mod setup;
 mod step;
 mod unpack;

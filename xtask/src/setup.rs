@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use crate::step::{cargo, output, program, run as run_step};
-use crate::{apt, bpf, kernel, unpack};
+use crate::{apt, bpf, kernel, schemathesis, unpack};
 
 /// The first QEMU that reads mapped-ram files.
 const QEMU_MAJOR_MIN: u32 = 9;
@@ -32,7 +32,7 @@ struct Need {
     from_backports: bool,
 }
 
-const NEEDS: [Need; 7] = [
+const NEEDS: [Need; 8] = [
     Need {
         package: "libclang-dev",
         reason: "the userfaultfd bindings are generated from the kernel's headers",
@@ -70,6 +70,12 @@ const NEEDS: [Need; 7] = [
         from_backports: false,
     },
     Need {
+        package: "python3-venv",
+        reason: "schemathesis, which holds the daemon's API against its description, gets an environment of its own",
+        is_met: || output(program("python3", ["-c", "import ensurepip, venv"])).is_ok(),
+        from_backports: false,
+    },
+    Need {
         package: "xz-utils",
         reason: "Debian's kernels from 6.12 on have compressed modules",
         is_met: || runs("xz"),
@@ -96,7 +102,16 @@ pub fn run() -> Result<()> {
             MONITORING.join(" and ")
         );
     }
+    let has_schemathesis = schemathesis::is_installed();
+    if !has_schemathesis {
+        eprintln!(
+            "will install schemathesis by pip, below target: tests hold the daemon's API against its description"
+        );
+    }
     install(&missing)?;
+    if !has_schemathesis {
+        schemathesis::install()?;
+    }
     if !has_kernel {
         kernel::unpack_default(KERNEL_DIRECTORY)?;
     }

@@ -27,15 +27,15 @@ pub struct Change {
     pub buffer_bytes: Option<u64>,
     /// Longest wait of 99 in 100 of the guest's writes, in seconds.
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = f64)]
+    #[schema(value_type = f64, minimum = 1e-6, maximum = 1e9)]
     pub stall_limit_seconds: Option<f64>,
     /// Least share of its CPU time that the guest keeps, up to 1.
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = f64)]
+    #[schema(value_type = f64, minimum = 0.1, maximum = 1)]
     pub min_cpu_ratio: Option<f64>,
     /// Longest time until all memory is saved, in seconds; null takes the limit away.
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<f64>)]
+    #[schema(value_type = Option<f64>, minimum = 1e-6, maximum = 1e9)]
     pub deadline_seconds: Option<Option<f64>>,
     /// Most bytes to write a second; null takes the limit away.
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]

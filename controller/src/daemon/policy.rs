@@ -16,12 +16,16 @@ pub struct Policy {
     /// Bound of the copy buffer in bytes.
     pub buffer_bytes: Option<u64>,
     /// Longest wait of 99 in 100 of the guest's writes, in seconds.
+    #[schema(minimum = 1e-6, maximum = 1e9)]
     pub stall_limit_seconds: Option<f64>,
     /// Least share of its CPU time that the guest keeps, up to 1.
+    #[schema(minimum = 0.1, maximum = 1)]
     pub min_cpu_ratio: Option<f64>,
     /// Longest time until all memory is saved, in seconds.
+    #[schema(minimum = 1e-6, maximum = 1e9)]
     pub deadline_seconds: Option<f64>,
     /// Most bytes to write a second.
+    #[schema(minimum = 1)]
     pub max_bandwidth_bytes_per_second: Option<u64>,
     /// What to do if the limits cannot be kept.
     #[schema(schema_with = on_infeasible_schema)]
@@ -49,16 +53,12 @@ impl Policy {
     pub fn check(&self) -> Result<(), PolicyError> {
         let ratio = |value: f64| (SHARE_MIN..=1.0).contains(&value);
         let seconds = |value: f64| (1e-6..=1e9).contains(&value);
+        let time = "a time from 0.000001 to 1000000000 seconds";
         let share = format!("a share from {SHARE_MIN} to 1");
         let figures = [
-            (
-                "stall_limit_seconds",
-                self.stall_limit_seconds,
-                seconds as fn(f64) -> bool,
-                "a time above 0",
-            ),
+            ("stall_limit_seconds", self.stall_limit_seconds, seconds as fn(f64) -> bool, time),
             ("min_cpu_ratio", self.min_cpu_ratio, ratio, &share),
-            ("deadline_seconds", self.deadline_seconds, seconds, "a time above 0"),
+            ("deadline_seconds", self.deadline_seconds, seconds, time),
         ];
         for (field, value, is_good, range) in figures {
             if let Some(value) = value.filter(|value| !is_good(*value)) {

@@ -12,11 +12,24 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::unfold;
 use tokio::sync::watch;
+use utoipa::ToSchema;
 
 use super::Api;
 use super::problem::Problem;
 use super::request::Id;
 use crate::daemon::supervisor::View;
+
+/// An event, each field a line or more of it.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "only its description is wanted")]
+struct OperationEvent {
+    /// Always `operation`.
+    event: String,
+    /// The operation's version.
+    id: String,
+    /// The operation as it is then, in JSON.
+    data: String,
+}
 
 /// Follows an operation.
 ///
@@ -31,7 +44,7 @@ use crate::daemon::supervisor::View;
         ("Last-Event-ID" = Option<String>, Header, description = "The last event that the client has seen"),
     ),
     responses(
-        (status = 200, description = "Events", body = String, content_type = "text/event-stream"),
+        (status = 200, description = "Events", body = OperationEvent, content_type = "text/event-stream"),
         (status = 204, description = "It has ended, and the client knows"),
         (status = "default", description = "It cannot be followed", body = Problem, content_type = "application/problem+json"),
     ),

@@ -13,7 +13,7 @@ use crate::daemon::supervisor::{ChangeError, Gone, SubmitError};
 const RETRY_AFTER: &str = "5";
 
 macro_rules! words {
-    ($($(#[doc = $doc:literal])+ $name:ident = $word:literal, $status:ident;)+) => {
+    ($($(#[doc = $doc:literal])+ $name:ident = $word:tt, $status:ident;)+) => {
         /// Why a call failed. Where a snapshot can fail for the same reason, the word is the same.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
         pub enum Word {

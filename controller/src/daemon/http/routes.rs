@@ -39,7 +39,7 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
     path = "/snapshot",
     tag = "snapshot",
     params(
-        ("Idempotency-Key" = Option<String>, Header, description = "Stands for this request, should it be sent again"),
+        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$", description = "Stands for this request, should it be sent again"),
         ("Prefer" = Option<String>, Header, description = "wait=SECONDS: answer when it has ended, but no later than that"),
     ),
     request_body = Request,
