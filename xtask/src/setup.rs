@@ -32,7 +32,7 @@ struct Need {
     from_backports: bool,
 }
 
-const NEEDS: [Need; 8] = [
+const NEEDS: [Need; 9] = [
     Need {
         package: "libclang-dev",
         reason: "the userfaultfd bindings are generated from the kernel's headers",
@@ -73,6 +73,12 @@ const NEEDS: [Need; 8] = [
         package: "python3-venv",
         reason: "schemathesis, which holds the daemon's API against its description, gets an environment of its own",
         is_met: || output(program("python3", ["-c", "import ensurepip, venv"])).is_ok(),
+        from_backports: false,
+    },
+    Need {
+        package: "openssl",
+        reason: "tests come to the daemon by TLS with it",
+        is_met: || output(program("openssl", ["version"])).is_ok(),
         from_backports: false,
     },
     Need {

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use axum::http::uri::Authority;
 use livesnap_control::policy::BUFFER_BYTES_MIN;
 use serde::Deserialize;
 
@@ -81,6 +82,28 @@ pub struct Tcp {
     pub listen: SocketAddr,
     /// A file with the token that callers must send.
     pub token_file: Option<PathBuf>,
+    /// Names under which it is reached, besides the address.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// What it shows to those who come from other hosts; then it takes nothing that is not encrypted.
+    pub tls: Option<Tls>,
+}
+
+/// Certificate and key, in PEM.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// The certificate, and those that lead to a known one.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+impl Tcp {
+    /// An address of this host alone, where nobody is asked who he is.
+    pub const fn plain(listen: SocketAddr) -> Self {
+        Self { listen, token_file: None, names: Vec::new(), tls: None }
+    }
 }
 
 /// One virtual machine.
@@ -167,15 +190,29 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
-    /// Whoever reaches the host could take snapshots, or read of its virtual machines.
+    /// Whoever reaches the host could take snapshots.
     #[error(
-        "{key} is {address}, which other hosts reach: name a loopback address such as 127.0.0.1:9464"
+        "tcp.listen is {address}, which other hosts reach: give tcp.tls and tcp.token_file, or name a loopback address such as 127.0.0.1:9465"
     )]
-    NotLoopback {
-        /// Which.
-        key: &'static str,
+    Unprotected {
         /// The address.
         address: SocketAddr,
+    },
+    /// Whoever reaches the host could read of its virtual machines.
+    #[error(
+        "metrics_listen is {address}, which other hosts reach: name a loopback address such as 127.0.0.1:9464, or have Prometheus ask tcp.listen with TLS and the token"
+    )]
+    NotLoopback {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// No host is called so.
+    #[error(
+        "{name:?} in tcp.names cannot be the name of a host: give one as it stands in a URL, without a port"
+    )]
+    HostName {
+        /// The name.
+        name: String,
     },
     /// A schedule that could not be kept.
     #[error("schedule {name}: {problem}")]
@@ -239,20 +276,24 @@ impl Config {
             }
         }
         self.check_schedules()?;
-        let by_tcp = [
-            ("tcp.listen", self.tcp.as_ref().map(|tcp| tcp.listen)),
-            ("metrics_listen", self.metrics_listen),
-        ];
-        for (key, address) in by_tcp {
-            let Some(address) = address.filter(|address| !address.ip().is_loopback()) else {
-                continue;
-            };
-            return Err(ConfigError::NotLoopback { key, address });
+        if let Some(address) = self.metrics_listen.filter(|address| !address.ip().is_loopback()) {
+            return Err(ConfigError::NotLoopback { address });
+        }
+        if let Some(tcp) = &self.tcp {
+            let is_protected = tcp.tls.is_some() && tcp.token_file.is_some();
+            if !tcp.listen.ip().is_loopback() && !is_protected {
+                return Err(ConfigError::Unprotected { address: tcp.listen });
+            }
+            if let Some(name) = tcp.names.iter().find(|name| !is_host(name)) {
+                return Err(ConfigError::HostName { name: name.clone() });
+            }
         }
         let own = [&self.socket, &self.state_dir, &self.runtime_dir];
         let sockets = self.vm.iter().map(|vm| &vm.qmp);
         let token = self.tcp.iter().filter_map(|tcp| tcp.token_file.as_ref());
-        let mut paths = self.destinations.iter().chain(own).chain(sockets).chain(token);
+        let tls = self.tcp.iter().filter_map(|tcp| tcp.tls.as_ref());
+        let tls = tls.flat_map(|tls| [&tls.cert, &tls.key]);
+        let mut paths = self.destinations.iter().chain(own).chain(sockets).chain(token).chain(tls);
         match paths.find(|path| !is_plain(path)) {
             Some(path) => Err(ConfigError::Path { path: path.clone() }),
             None => Ok(()),
@@ -304,6 +345,11 @@ impl Config {
 /// Whether a path is absolute and says where it leads.
 fn is_plain(path: &Path) -> bool {
     path.is_absolute() && !path.components().any(|part| matches!(part, Component::ParentDir))
+}
+
+/// Whether a name may stand as the host in a URL: that of a host, or an address, of version 6 in brackets.
+fn is_host(name: &str) -> bool {
+    Authority::try_from(name).is_ok_and(|authority| authority.host() == name)
 }
 
 #[cfg(test)]
@@ -402,9 +448,17 @@ mod tests {
             ("shutdown = 'now'", "unknown variant"),
             ("socket = 'here'", "absolute"),
             ("tcp.listen = '9464'", "socket address"),
-            ("tcp.listen = '0.0.0.0:9464'", "loopback"),
-            ("tcp.listen = '[::]:9464'", "loopback"),
-            ("tcp.listen = '192.0.2.1:9464'", "loopback"),
+            ("tcp.listen = '0.0.0.0:9464'", "tcp.tls and tcp.token_file"),
+            ("tcp.listen = '[::]:9464'\ntcp.token_file = '/a'", "tcp.tls"),
+            (
+                "tcp.listen = '192.0.2.1:9464'\ntcp.tls = { cert = '/a', key = '/b' }",
+                "tcp.token_file",
+            ),
+            ("tcp.listen = '[::1]:9464'\ntcp.tls = { cert = '/a' }", "key"),
+            ("tcp.listen = '[::1]:9464'\ntcp.tls = { cert = '/a', key = 'b' }", "absolute"),
+            ("tcp.listen = '[::1]:9464'\ntcp.names = ['a b']", "host"),
+            ("tcp.listen = '[::1]:9464'\ntcp.names = ['a:80']", "without a port"),
+            ("tcp.listen = '[::1]:9464'\ntcp.names = ['']", "host"),
             ("tcp.token_file = '/a'", "listen"),
             ("tcp.listen = '[::1]:9464'\ntcp.token_file = 'a'", "absolute"),
             ("metrics_listen = '0.0.0.0:9464'", "loopback"),

@@ -64,6 +64,7 @@ use futures_util::FutureExt as _;
 use http::Api;
 use http::gate::{Gate, TokenError};
 use http::listen::{self, ListenError};
+use http::tls::{Credentials, TlsError, TlsListener};
 use journal::{Journal, JournalError};
 use metrics::Metrics;
 use notify::Manager;
@@ -92,6 +93,9 @@ pub enum DaemonError {
     /// The token of those who come by TCP.
     #[error(transparent)]
     Token(#[from] TokenError),
+    /// Certificate and key.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Metrics.
     #[error("cannot make the metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -131,7 +135,10 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     }
     let socket = listen::Socket::bind(&config.socket)?;
     let tcp = match &config.tcp {
-        Some(tcp) => Some((Gate::new(tcp)?, listen::bind_tcp(tcp.listen).await?)),
+        Some(tcp) => {
+            let credentials = tcp.tls.as_ref().map(Credentials::load).transpose()?;
+            Some((Gate::new(tcp)?, credentials, listen::bind_tcp(tcp.listen).await?))
+        }
         None => None,
     };
     let vms = Vms::new(&config);
@@ -139,7 +146,7 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     vms.find(&config.discover);
     let metrics_tcp = match config.metrics_listen {
         Some(listen) => {
-            let gate = Gate::new(&Tcp { listen, token_file: None })?;
+            let gate = Gate::new(&Tcp::plain(listen))?;
             Some((gate, listen::bind_tcp(listen).await?))
         }
         None => None,
@@ -182,11 +189,19 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     let has_failed = has_failed.shared();
     let ended = || has_failed.clone().map(drop);
     let by_tcp = async {
-        let Some((gate, listener)) = tcp else { return };
+        let Some((gate, credentials, listener)) = tcp else { return };
         if let Ok(address) = listener.local_addr() {
-            tracing::info!(%address, "serving by TCP");
+            tracing::info!(%address, tls = credentials.is_some(), "serving by TCP");
         }
-        listen::serve(&listener, gate.guard(router.clone()), &config.http, ended()).await;
+        let router = gate.guard(router.clone());
+        match credentials {
+            Some(credentials) => {
+                let limit = Duration::from_secs(config.http.read_seconds_max);
+                let listener = TlsListener::new(listener, credentials, limit);
+                listen::serve(&listener, router, &config.http, ended()).await;
+            }
+            None => listen::serve(&listener, router, &config.http, ended()).await,
+        }
     };
     let by_socket = listen::serve(&socket, router.clone(), &config.http, ended());
     tokio::join!(by_socket, by_tcp);

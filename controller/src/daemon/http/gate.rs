@@ -6,12 +6,11 @@
 //! | a page of another site that sends requests here (CSRF) | its browser says so by `Origin` or `Sec-Fetch-Site` |
 //! | a user who may not take snapshots | the token, if one is configured |
 //!
+//! Beyond loopback there is a token, and what is sent is encrypted: see `tls`.
+//!
 //! The Unix socket needs none of this: no browser speaks to it, and its mode says who may.
 
-use std::fs::File;
-use std::io::{self, Read as _};
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,6 +24,7 @@ use subtle::ConstantTimeEq as _;
 
 use super::page;
 use super::problem::{Problem, Word};
+use super::secret::{SecretError, read_secret};
 use crate::daemon::config::Tcp;
 
 /// Least and most characters of a token. 16 random ones cannot be guessed.
@@ -34,21 +34,8 @@ const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 16..=1024;
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
     /// Its file.
-    #[error("cannot read the token in {}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// Others can read it.
-    #[error("the token in {} can be read by others, for its mode is {mode:04o}: set it to 0600", path.display())]
-    Mode {
-        /// The file.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
+    #[error(transparent)]
+    File(#[from] SecretError),
     /// It can be guessed, or cannot be sent.
     #[error(
         "the token in {} is not one word of {} to {} visible ASCII characters: write such a one, as `openssl rand -hex 32` does",
@@ -84,7 +71,8 @@ impl Gate {
     /// If the token cannot be used.
     pub fn new(tcp: &Tcp) -> Result<Self, TokenError> {
         let token = tcp.token_file.as_deref().map(Token::read).transpose()?;
-        Ok(Self { names: names(tcp.listen), token })
+        let names = names(tcp.listen).into_iter().chain(tcp.names.iter().cloned());
+        Ok(Self { names: names.collect(), token })
     }
 
     /// Puts itself in front of all calls.
@@ -165,16 +153,8 @@ fn is_own_page(headers: &HeaderMap, host: &Authority) -> bool {
 
 impl Token {
     fn read(path: &Path) -> Result<Self, TokenError> {
-        let failed = |source| TokenError::Read { path: path.into(), source };
-        let file = File::open(path).map_err(failed)?;
-        let mode = file.metadata().map_err(failed)?.mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(TokenError::Mode { path: path.into(), mode });
-        }
-        let mut text = String::new();
-        let limit = 2 * TOKEN_LENGTH.end();
-        file.take(limit as u64).read_to_string(&mut text).map_err(failed)?;
-        let token = text.trim();
+        let text = read_secret("token", path, 2 * TOKEN_LENGTH.end())?;
+        let token = std::str::from_utf8(&text).unwrap_or_default().trim();
         if !TOKEN_LENGTH.contains(&token.len())
             || !token.bytes().all(|byte| byte.is_ascii_graphic())
         {
@@ -340,6 +320,6 @@ mod tests {
             assert!(error.contains(word), "{error}");
         }
         fs::remove_file(&path).unwrap();
-        assert!(matches!(Token::read(&path), Err(TokenError::Read { .. })));
+        assert!(matches!(Token::read(&path), Err(TokenError::File(_))));
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use futures_util::future::BoxFuture;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -60,6 +61,9 @@ pub enum ListenError {
     },
 }
 
+/// A connection before anything was said, which may take its time.
+pub type Opening<Stream> = BoxFuture<'static, io::Result<Stream>>;
+
 /// Where connections come from.
 pub trait Listener {
     /// A connection.
@@ -69,7 +73,7 @@ pub trait Listener {
     ///
     /// # Errors
     /// If the operating system has none for us.
-    async fn accept(&self) -> io::Result<Self::Stream>;
+    async fn accept(&self) -> io::Result<Opening<Self::Stream>>;
 }
 
 /// A Unix socket that is listened on; removed when dropped.
@@ -115,19 +119,20 @@ impl Socket {
 impl Listener for Socket {
     type Stream = UnixStream;
 
-    async fn accept(&self) -> io::Result<UnixStream> {
-        Ok(self.listener.accept().await?.0)
+    async fn accept(&self) -> io::Result<Opening<UnixStream>> {
+        let (stream, _) = self.listener.accept().await?;
+        Ok(Box::pin(async { Ok(stream) }))
     }
 }
 
 impl Listener for TcpListener {
     type Stream = TcpStream;
 
-    async fn accept(&self) -> io::Result<TcpStream> {
+    async fn accept(&self) -> io::Result<Opening<TcpStream>> {
         let (stream, _) = Self::accept(self).await?;
         // Events are small, and are waited for.
         stream.set_nodelay(true)?;
-        Ok(stream)
+        Ok(Box::pin(async { Ok(stream) }))
     }
 }
 
@@ -166,7 +171,7 @@ pub async fn serve(
     };
     let mut ended = std::pin::pin!(ended);
     loop {
-        let (stream, room) = tokio::select! {
+        let (opening, room) = tokio::select! {
             accepted = accept() => match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -178,10 +183,17 @@ pub async fn serve(
             () = &mut ended => break,
         };
         let service = TowerToHyperService::new(router.clone());
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let (http, watcher) = (http.clone(), graceful.watcher());
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection has failed");
+            let failed = match opening.await {
+                Ok(stream) => {
+                    let connection = http.serve_connection(TokioIo::new(stream), service);
+                    watcher.watch(connection).await.err().map(|error| error.to_string())
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(error) = failed {
+                tracing::debug!(error, "a connection has failed");
             }
             drop(room);
         });

@@ -3,6 +3,8 @@
 //! ```text
 //! listen    sockets, connections and their limits
 //! gate      who is let in over TCP
+//! tls       certificate, key and handshake, for those who come from other hosts
+//! secret    files that nobody else may read
 //! page      the live page
 //! routes    what each call does
 //! request   what is read of a request
@@ -19,6 +21,8 @@ mod page;
 pub mod problem;
 mod request;
 mod routes;
+mod secret;
+pub mod tls;
 
 use std::sync::Arc;
 use std::time::Instant;
