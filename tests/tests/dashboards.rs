@@ -227,13 +227,12 @@ fn dashboards_and_alerts_tell_what_happens() {
     assert_eq!(throttled["state"], "completed", "{throttled:#}");
     let withheld = throttled["result"]["control"]["withheld_ns"].as_u64().unwrap();
     assert!(withheld > 0, "{throttled:#}");
-    let aborted = take(
-        &daemon,
-        &json!({
-            "on_infeasible": "abort", "buffer_bytes": BUFFER, "min_cpu_ratio": 0.9, "stall_limit_seconds": 60,
-            "deadline_seconds": 10, "max_bandwidth_bytes_per_second": VERY_SLOW, "force": true,
-        }),
-    );
+    // It would take minutes.
+    let hopeless = json!({
+        "on_infeasible": "abort", "buffer_bytes": BUFFER, "min_cpu_ratio": 0.9, "stall_limit_seconds": 60,
+        "deadline_seconds": 10, "max_bandwidth_bytes_per_second": VERY_SLOW, "force": true,
+    });
+    let aborted = take(&daemon, &hopeless);
     assert_eq!(aborted["state"], "aborted", "{aborted:#}");
 
     // Somebody is told what and why, and then that it is well again.
@@ -282,9 +281,8 @@ fn dashboards_and_alerts_tell_what_happens() {
 
     // Three lost are a page. Another one, lost by another cause, would be a ticket alone, and is none beside the page.
     for _ in 0..2 {
-        let hopeless = json!({"on_infeasible": "abort", "deadline_seconds": 0.1});
         let aborted = take(&daemon, &hopeless);
-        assert_eq!(aborted["error"]["reason"], "deadline", "{aborted:#}");
+        assert_eq!(aborted["state"], "aborted", "{aborted:#}");
     }
     told(&receiver, "AbortBudgetBurn", VM1, "firing");
     drop(guest);
