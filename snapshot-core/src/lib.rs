@@ -66,6 +66,7 @@ pub use capture::CaptureError;
 pub use first_touch::FirstTouch;
 pub use histogram::{Distribution, Summary};
 pub use pace::BandwidthLimit;
+pub use priority::stand_back;
 pub use protection::RegisterError;
 pub use reason::Reason;
 pub use report::{Captured, Downtime, Phase, Progress, Report};

@@ -2,14 +2,17 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, symlink};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use livesnap_tests::daemon::{Daemon, series};
 use livesnap_tests::qemu::{Load, Qemu};
-use livesnap_tests::{is_root_or_skip, poll_until};
+use livesnap_tests::restored::Restored;
+use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const BOOT: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(120);
@@ -86,4 +89,152 @@ fn what_was_missed_is_taken_once_and_nothing_is_taken_twice() {
     wait_list(&daemon, |operations| are_completed(operations, 2));
     assert_eq!(next_at(&daemon), turn);
     assert_eq!(wait_list(&daemon, |_| true).len(), 2);
+
+    // Whoever asks for one has it verified as well, and is told of that before events end.
+    let request = json!({"vm": "vm1", "policy": {"on_infeasible": "wait"}, "verify": true});
+    let taken = daemon.post("/snapshot", &[], &request).unwrap();
+    assert_eq!(taken.status, 202, "{taken:?}");
+    let path = format!("/snapshot/{}", taken.body["id"].as_str().unwrap());
+    let (_, last) = daemon.follow(&path).unwrap().last().unwrap();
+    assert_eq!(last["state"], "completed", "{last:#}");
+    assert!(is_verified(&last, "sound") && last["schedule"].is_null(), "{last:#}");
+    // It is no schedule's.
+    assert_eq!(next_at(&daemon), turn);
+}
+
+/// Turns as fast as they can be taken, of which two good ones are kept.
+const OFTEN: &str = "discover = [\"/nobody/*/is-there\"]
+[[schedule]]
+name = \"often\"
+vms = [\"vm1\"]
+every = \"2s\"
+keep = 2
+verify = true
+policy = { on_infeasible = \"wait\" }
+";
+
+fn destination(operation: &Value) -> PathBuf {
+    operation["destination"].as_str().unwrap().into()
+}
+
+fn is_verified(operation: &Value, state: &str) -> bool {
+    operation["verification"]["state"] == state
+}
+
+fn is_removed(operation: &Value) -> bool {
+    !operation["removed_at"].is_null()
+}
+
+/// Names in a directory, hidden ones too.
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn two_good_ones_are_kept_whatever_becomes_of_others() {
+    if !is_root_or_skip("a snapshot of another process").unwrap() {
+        return;
+    }
+    let mut qemu = boot();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let snapshots = dir.path().join("snapshots/vm1");
+    let begin = |more: &str| Daemon::serve(dir.path(), &[("vm1", &qemu)], more).unwrap();
+    let end = |daemon: Daemon| assert!(daemon.end(Signal::TERM).unwrap().success());
+    let resting = OFTEN.replace("vm1", "nobody");
+
+    let daemon = begin(OFTEN);
+    let removed =
+        |operations: &[Value]| operations.iter().filter(|known| is_removed(known)).count();
+    for operation in wait_list(&daemon, |operations| removed(operations) >= 2) {
+        let is_removed = is_removed(&operation);
+        assert!(!is_removed || is_verified(&operation, "sound"), "{operation:#}");
+        assert!(!is_removed || !destination(&operation).exists(), "{operation:#}");
+    }
+    end(daemon);
+
+    // What that one was at is done by the next one: there are two, and both are sound.
+    let daemon = begin(&resting);
+    let is_kept = |known: &&Value| is_verified(known, "sound") && !is_removed(known);
+    let operations = wait_list(&daemon, |operations| {
+        let is_done = operations.iter().all(|known| !is_verified(known, "running"));
+        is_done && operations.iter().filter(is_kept).count() == 2
+    });
+    let kept: Vec<_> = operations.iter().filter(is_kept).collect();
+    let [newer, older] = kept[..] else { panic!("{kept:#?}") };
+    let two = || Ok((names(&snapshots).len() == 2).then_some(()));
+    poll_until("two are left", LIMIT, two).unwrap();
+    for operation in kept {
+        let output =
+            livesnap::command(["verify"]).unwrap().arg(destination(operation)).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+    let restored_dir = dir.path().join("restored");
+    fs::create_dir(&restored_dir).unwrap();
+    let mut restored = Restored::start(&destination(older), &restored_dir).unwrap();
+    let beat = restored.wait_heartbeat(BOOT, |beat| beat.laps >= 2 || beat.inconsistent > 0);
+    assert_eq!(beat.unwrap().inconsistent, 0);
+    drop(restored);
+    let metric = |daemon: &Daemon, name: &str| {
+        series(&daemon.metrics().unwrap(), &format!("livesnap_{name}{{vm=\"vm1\"}}")).unwrap()
+    };
+    let newest_at = metric(&daemon, "last_success_timestamp_seconds");
+    end(daemon);
+
+    // The newer one is damaged before it has been read, as it would be if the daemon had been ended earlier.
+    let path = dir.path().join(format!("state/operations/{}.json", newer["id"].as_str().unwrap()));
+    let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    record["operation"]["verification"] = json!({"state": "running"});
+    fs::write(&path, record.to_string()).unwrap();
+    damage(&destination(newer).join("ram.mapped-ram"));
+    let daemon = begin(&resting);
+    let find = |operations: &[Value]| {
+        operations.iter().find(|known| known["id"] == newer["id"]).unwrap().clone()
+    };
+    let failed = wait_list(&daemon, |operations| is_verified(&find(operations), "failed"));
+    let failed = find(&failed);
+    assert_eq!(failed["verification"]["error"]["reason"], "corrupt", "{failed:#}");
+    assert_eq!(failed["state"], "completed", "{failed:#}");
+    assert_eq!(metric(&daemon, "verify_failures_total"), 1.0);
+    assert!(metric(&daemon, "last_success_timestamp_seconds") < newest_at);
+    assert_eq!(names(&snapshots).len(), 2);
+    let list = livesnap::command(["ask", "--daemon"])
+        .unwrap()
+        .arg(daemon.socket())
+        .arg("list")
+        .output()
+        .unwrap();
+    let list = String::from_utf8(list.stdout).unwrap();
+    assert!(list.contains("by often  not sound"), "{list}");
+    end(daemon);
+
+    // It goes when there are two good ones, and nothing that a link leads to ever does.
+    let elsewhere = dir.path().join("elsewhere");
+    fs::rename(destination(older), &elsewhere).unwrap();
+    symlink(&elsewhere, destination(older)).unwrap();
+    let before = names(&elsewhere);
+    let daemon = begin(OFTEN);
+    let operations = wait_list(&daemon, |operations| is_removed(&find(operations)));
+    let id = |known: &Value| known["id"].as_str().unwrap().to_owned();
+    let is_newer = |known: &&Value| id(known) > id(newer) && is_verified(known, "sound");
+    let since = operations.iter().filter(is_newer).nth_back(1).unwrap();
+    let removed_at = find(&operations)["removed_at"].as_str().unwrap().to_owned();
+    assert!(*removed_at >= *since["verification"]["at"].as_str().unwrap(), "{operations:#?}");
+    end(daemon);
+    assert!(destination(older).is_symlink() && !destination(newer).exists());
+    assert_eq!(names(&elsewhere), before);
+    assert_eq!(qemu.wait_laps(1, BOOT).unwrap().inconsistent, 0);
+}
+
+/// Alters a byte of a page that is stored, near the end of the file, where the guest's last pages are.
+fn damage(ram: &Path) {
+    let file = File::options().read(true).write(true).open(ram).unwrap();
+    let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
+    let text = fs::read(ram).unwrap();
+    // Behind the middle there are pages only, and the last mebibyte has what is not RAM.
+    let stored = (len / 2..len - (1 << 20)).find(|at| text[*at] != 0).unwrap();
+    file.write_all_at(&[!text[stored]], stored as u64).unwrap();
 }

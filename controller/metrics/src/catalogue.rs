@@ -70,7 +70,7 @@ catalogue! {
     DOWNTIME: Histogram(PAUSE), Seconds, "downtime_seconds", [VM],
         "How long the virtual machine was paused for completed snapshots.";
     LAST_SUCCESS: Gauge, Timestamp, "last_success_timestamp_seconds", [VM],
-        "When the last completed snapshot ended; 0 if there is none.";
+        "When the last completed snapshot ended, of those to be verified the last sound one; 0 if there is none.";
     LAST_START: Gauge, Timestamp, "last_snapshot_start_timestamp_seconds", [VM],
         "When the last snapshot began, whether or not it has ended; 0 if there is none.";
     LAST_END: Gauge, Timestamp, "last_snapshot_end_timestamp_seconds", [VM],
@@ -92,7 +92,7 @@ catalogue! {
     REGISTERED: Gauge, Timestamp, "vm_registered_timestamp_seconds", [VM],
         "When the daemon came to know the virtual machine, after its own start.";
     VERIFY_FAILURES: Counter, Number, "verify_failures_total", [VM],
-        "Snapshots that did not match their checksums or structure when they were verified.";
+        "Snapshots that could not be read, or did not match their checksums or structure, when they were verified.";
 
     // The snapshot that runs.
     QUEUED: Gauge, Number, "operations_queued", [],

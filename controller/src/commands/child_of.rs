@@ -15,6 +15,9 @@ use crate::Failure;
 /// The tie and the program.
 #[derive(clap::Args)]
 pub struct Args {
+    /// Only with what nobody else wants of processors and disks
+    #[arg(long)]
+    idle: bool,
     /// The parent
     #[arg(value_parser = parse_pid)]
     parent: Pid,
@@ -32,6 +35,13 @@ pub fn command(program: &str) -> Command {
     command
 }
 
+/// The same of a program that takes only what nobody else wants of processors and disks.
+pub fn idle_command(program: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["child-of", "--idle"]).arg(std::process::id().to_string()).arg(program);
+    command
+}
+
 /// Becomes the program; returns only if that fails.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let program = &args.program;
@@ -42,6 +52,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if getppid() != Some(args.parent) {
         // It ended before the tie was made.
         return Err(Failure::new(Reason::Cancelled, format!("{program} is not wanted any more")));
+    }
+    if args.idle {
+        snapshot_core::stand_back();
     }
     Err(failed(Command::new(program).args(&args.arguments).exec()))
 }

@@ -7,7 +7,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 
 use livesnap_control::policy::BUFFER_BYTES_DEFAULT;
@@ -16,7 +16,9 @@ use serde_json::Value;
 use snapshot_core::Reason;
 
 use super::budget::{Budget, Grant, divide};
-use super::operation::{Ended, Operation, OperationError, Progress, Request, State};
+use super::operation::{
+    Ended, Operation, OperationError, Progress, Request, State, Verification, VerificationState,
+};
 use super::policy::Policy;
 use crate::control_loop::Change;
 
@@ -80,6 +82,26 @@ pub enum Action {
     Share(String, NonZeroU64),
     /// It is beyond what is remembered: [`Book::forget`].
     Forget(String),
+    /// Its snapshot is to be read again: [`Book::verifying`], then do so.
+    Verify(String),
+    /// Old ones of these are to be removed: [`Book::tidying`], then do so.
+    Tidy(Series),
+}
+
+/// The snapshots of a virtual machine that a schedule wants.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Series {
+    /// The schedule's name.
+    pub schedule: String,
+    /// The virtual machine's.
+    pub vm: String,
+}
+
+impl Series {
+    /// What an operation is of, if a schedule wanted it.
+    fn of(operation: &Operation) -> Option<Self> {
+        Some(Self { schedule: operation.schedule.clone()?, vm: operation.vm.clone() })
+    }
 }
 
 /// What becomes of operations that run when the daemon ends.
@@ -169,11 +191,13 @@ struct Entry {
     is_unwanted: bool,
     /// Whether its process was told to end.
     is_told: bool,
+    /// Whether its snapshot is being read again.
+    is_verifying: bool,
 }
 
 impl Entry {
     const fn new(record: Record) -> Self {
-        Self { record, is_unwanted: false, is_told: false }
+        Self { record, is_unwanted: false, is_told: false, is_verifying: false }
     }
 }
 
@@ -184,14 +208,26 @@ pub struct Book {
     entries: BTreeMap<String, Entry>,
     closing: Option<Shutdown>,
     changes: Vec<String>,
+    /// How many good snapshots schedules keep, of those that do not keep all.
+    keep: BTreeMap<String, usize>,
+    /// Where old ones may have to be removed.
+    untidy: BTreeSet<Series>,
+    is_tidying: bool,
 }
 
 impl Book {
     /// With the operations of an earlier daemon. Those that ran are being ended by its end, which somebody has to wait for:
     /// they are the changes. Those that waited still do.
     pub fn new(bounds: Bounds, earlier: Vec<Record>) -> Self {
-        let mut book =
-            Self { bounds, entries: BTreeMap::new(), closing: None, changes: Vec::new() };
+        let mut book = Self {
+            bounds,
+            entries: BTreeMap::new(),
+            closing: None,
+            changes: Vec::new(),
+            keep: BTreeMap::new(),
+            untidy: BTreeSet::new(),
+            is_tidying: false,
+        };
         for mut record in earlier {
             let operation = &mut record.operation;
             let id = operation.id.clone();
@@ -201,10 +237,32 @@ impl Book {
                 operation.state = State::Aborting;
                 book.changes.push(id.clone());
             }
+            // What an earlier daemon was removing is still to be removed.
+            if operation.state == State::Completed && operation.removed_at.is_none() {
+                book.untidy.extend(Series::of(operation));
+            }
             // Its process was told to end by the kernel.
             book.entries.insert(id, Entry { is_told: was_running, ..Entry::new(record) });
         }
         book
+    }
+
+    /// With schedules, by name, that keep only so many good snapshots of a virtual machine.
+    pub fn keeping(self, keep: BTreeMap<String, usize>) -> Self {
+        Self { keep, ..self }
+    }
+
+    /// How many good snapshots of these are kept; all if nothing is said.
+    pub fn keep(&self, series: &Series) -> Option<usize> {
+        self.keep.get(&series.schedule).copied()
+    }
+
+    /// The operations of these whose snapshots are there, as far as is known, the newest first.
+    pub fn kept(&self, series: &Series) -> impl Iterator<Item = &Operation> {
+        self.entries.values().rev().map(|entry| &entry.record.operation).filter(|known| {
+            let is_there = known.state == State::Completed && known.removed_at.is_none();
+            is_there && Series::of(known).as_ref() == Some(series)
+        })
     }
 
     /// All, oldest first.
@@ -264,6 +322,8 @@ impl Book {
                         progress: None,
                         forecast: None,
                         error: None,
+                        verification: None,
+                        removed_at: None,
                         result: None,
                     },
                     request: request.clone(),
@@ -345,8 +405,10 @@ impl Book {
         if let Some(id) = of(&|entry| state(entry) == State::Aborting && !entry.is_told) {
             return Some(Action::Terminate(id));
         }
-        if self.count(State::is_final) > self.bounds.remembered_max {
-            return of(&|entry| state(entry).is_final()).map(Action::Forget);
+        if self.count(State::is_final) > self.bounds.remembered_max
+            && let Some(id) = self.forgettable()
+        {
+            return Some(Action::Forget(id));
         }
         if self.closing.is_none() && self.count(State::is_running) < self.bounds.running_max {
             // One that needs much is not overtaken by those that need less, or its turn might never come.
@@ -359,6 +421,38 @@ impl Book {
         shares
             .find(|(id, share)| self.granted(id).max_bandwidth_bytes_per_second != Some(*share))
             .map(|(id, share)| Action::Share(id.to_owned(), share))
+            .or_else(|| self.select_upkeep())
+    }
+
+    /// What is to be done with snapshots that there are.
+    fn select_upkeep(&self) -> Option<Action> {
+        if self.closing.is_some() {
+            return None;
+        }
+        // One at a time: each is a lot to read.
+        if !self.entries.values().any(|entry| entry.is_verifying) {
+            let is_meant = |known: &&Operation| known.is_verified_as(VerificationState::Running);
+            if let Some(known) = self.operations().find(is_meant) {
+                return Some(Action::Verify(known.id.clone()));
+            }
+        }
+        (!self.is_tidying).then(|| self.untidy.first().cloned().map(Action::Tidy)).flatten()
+    }
+
+    /// The oldest ended operation that nobody needs. Schedules go by the last good one of each series, and remove in time what
+    /// they do not keep.
+    fn forgettable(&self) -> Option<String> {
+        let good = self.operations().filter(|known| known.is_good());
+        let last: BTreeMap<_, _> =
+            good.filter_map(|known| Some((Series::of(known)?, &known.id))).collect();
+        let is_needed = |known: &Operation| {
+            let is_there = known.state == State::Completed && known.removed_at.is_none();
+            Series::of(known).is_some_and(|series| {
+                last.get(&series) == Some(&&known.id) || is_there && self.keep(&series).is_some()
+            })
+        };
+        let mut known = self.operations();
+        known.find(|known| known.is_settled() && !is_needed(known)).map(|known| known.id.clone())
     }
 
     fn granted(&self, id: &str) -> Grant {
@@ -476,6 +570,7 @@ impl Book {
                 Ended::Completed(result) => {
                     close(operation, State::Completed, now);
                     operation.result = Some(result);
+                    operation.verification = entry.record.request.verify.then(Verification::begun);
                 }
                 Ended::Without { is_given_up, mut error, result } => {
                     let is_cancelled = error.reason == Reason::Cancelled;
@@ -492,6 +587,7 @@ impl Book {
                 }
             }
         });
+        self.note_good(id);
     }
 
     /// Gives an operation up; one that has ended stays as it is. False if there is no such operation.
@@ -517,6 +613,35 @@ impl Book {
             }
         }
         true
+    }
+
+    /// Its snapshot is being read again.
+    pub fn verifying(&mut self, id: &str) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.is_verifying = true;
+        }
+    }
+
+    /// Notes what was found of a snapshot.
+    pub fn verified(&mut self, id: &str, found: Verification) {
+        self.annotate(id, |entry| {
+            entry.is_verifying = false;
+            entry.record.operation.verification = Some(found);
+        });
+    }
+
+    /// Old ones of these are being removed.
+    pub fn tidying(&mut self, series: &Series) {
+        self.untidy.remove(series);
+        self.is_tidying = true;
+    }
+
+    /// Old snapshots were removed: those of these operations are there no longer.
+    pub fn tidied(&mut self, gone: &[String], now: &str) {
+        self.is_tidying = false;
+        for id in gone {
+            self.annotate(id, |entry| entry.record.operation.removed_at = Some(now.into()));
+        }
     }
 
     /// Forgets an ended operation; the snapshot stays.
@@ -559,6 +684,25 @@ impl Book {
         make(entry);
         entry.record.operation.version += 1;
         self.changes.push(id.into());
+    }
+
+    /// Notes what becomes of the snapshot of an operation that was completed.
+    fn annotate(&mut self, id: &str, make: impl FnOnce(&mut Entry)) {
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        make(entry);
+        entry.record.operation.version += 1;
+        self.changes.push(id.into());
+        self.note_good(id);
+    }
+
+    /// One more good snapshot may be one too many.
+    fn note_good(&mut self, id: &str) {
+        let Some(entry) = self.entries.get(id) else { return };
+        let operation = &entry.record.operation;
+        if operation.is_good() && operation.removed_at.is_none() {
+            let series = Series::of(operation).filter(|series| self.keep(series).is_some());
+            self.untidy.extend(series);
+        }
     }
 
     fn count(&self, is_meant: impl Fn(State) -> bool) -> usize {

@@ -195,7 +195,19 @@ fn snapshot(task: &Task, directory: &OwnedFd) -> Command {
 /// This program with `arguments`, at work in `directory`, whose standard output is read; it is told to end when the thread
 /// that starts it does.
 pub fn command(arguments: &[&str], directory: &OwnedFd) -> Command {
-    let mut command = child_of::command(OWN_PROGRAM);
+    prepared(child_of::command(OWN_PROGRAM), arguments, directory)
+}
+
+/// The same, with only what nobody else wants of processors and disks.
+pub fn idle_command(arguments: &[&str], directory: &OwnedFd) -> Command {
+    prepared(child_of::idle_command(OWN_PROGRAM), arguments, directory)
+}
+
+fn prepared(
+    mut command: std::process::Command,
+    arguments: &[&str],
+    directory: &OwnedFd,
+) -> Command {
     command.args(arguments);
     // The very directory that was checked, wherever its name leads by now.
     command.current_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()));

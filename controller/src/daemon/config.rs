@@ -397,12 +397,13 @@ mod tests {
     fn a_schedule_is_read() {
         let text =
             "discover = ['/run/*/qmp.sock']\n[[schedule]]\nname = 'daily'\nvms = ['vm1', 'web-*']
-            every = '1d'\njitter = '2h 30m'\n[schedule.policy]\nmin_cpu_ratio = 0.5";
+            every = '1d'\nkeep = 7\nverify = true\njitter = '2h 30m'\n[schedule.policy]\nmin_cpu_ratio = 0.5";
         let config: Config = toml::from_str(text).unwrap();
         config.check().unwrap();
         let [schedule] = &config.schedule[..] else { panic!("{config:?}") };
         assert_eq!(schedule.every, Duration::from_secs(24 * 3600));
         assert_eq!(schedule.jitter, Some(Duration::from_secs(9000)));
+        assert_eq!((schedule.kept(), schedule.verify), (Some(("daily".into(), 7)), true));
         assert_eq!(schedule.policy.min_cpu_ratio, Some(0.5));
         assert!(schedule.is_for("web-2") && !schedule.is_for("db"));
     }

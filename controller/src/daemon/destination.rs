@@ -19,6 +19,8 @@ use super::name::{NAME_RULE, is_name};
 
 /// Directories below a root, the snapshot's own included.
 const DEPTH_MAX: usize = 8;
+/// How a directory is opened.
+pub const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC).union(OFlags::RDONLY);
 
 /// Why a destination is refused. Nothing is told of what lies outside of roots, not even whether it is there.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +148,29 @@ impl Place {
         &self.name
     }
 
+    /// Opens the directory above the snapshot, if it is there.
+    ///
+    /// # Errors
+    /// If a link, or something that is no directory, is in the way.
+    pub fn parent(&self) -> Result<Option<OwnedFd>, DestinationError> {
+        let way = self.walk(false)?;
+        Ok((way.depth == self.parents.len()).then_some(way.directory))
+    }
+
+    /// Opens the snapshot's own directory, if the one above it has one of that name.
+    ///
+    /// # Errors
+    /// If a link is in the way, or the directory above is missing, as it is with a file system that is not mounted.
+    pub fn open_snapshot(&self) -> Result<Option<OwnedFd>, DestinationError> {
+        let above = self.parent()?.ok_or_else(|| self.error(Errno::NOENT))?;
+        let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        match openat2(above.as_fd(), &self.name, DIRECTORY, Mode::empty(), beneath) {
+            Ok(directory) => Ok(Some(directory)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(self.error(errno)),
+        }
+    }
+
     /// Whether a snapshot could lie there now. Nothing is made.
     ///
     /// # Errors
@@ -175,11 +200,9 @@ impl Place {
     /// Removes what a process that was killed has left of a snapshot. One that is being written is left alone.
     pub fn clear(&self) {
         // The partial directory of nobody is taken over, and goes with its new owner.
-        if let Ok(way) = self.walk(false)
-            && way.depth == self.parents.len()
-        {
+        if let Ok(Some(directory)) = self.parent() {
             // In the very directory that was checked, wherever its name leads by now.
-            let directory = Path::new("/proc/self/fd").join(way.directory.as_raw_fd().to_string());
+            let directory = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string());
             drop(Staging::create(&directory.join(self.name())));
         }
     }
@@ -197,8 +220,7 @@ impl Place {
     /// Goes as far towards the snapshot as there are directories, or makes them.
     fn walk(&self, make: bool) -> Result<Way, DestinationError> {
         let failed = |errno| self.error(errno);
-        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
-        let mut directory = open(&self.root, flags, Mode::empty()).map_err(failed)?;
+        let mut directory = open(&self.root, DIRECTORY, Mode::empty()).map_err(failed)?;
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         for (depth, part) in self.parents.iter().enumerate() {
             let at = directory.as_fd();
@@ -209,7 +231,7 @@ impl Place {
                     Err(errno) => return Err(failed(errno)),
                 }
             }
-            let below = match openat2(at, part, flags, Mode::empty(), beneath) {
+            let below = match openat2(at, part, DIRECTORY, Mode::empty(), beneath) {
                 Ok(below) => below,
                 Err(Errno::NOENT) if !make => return Ok(Way { directory, depth }),
                 Err(errno) => return Err(failed(errno)),

@@ -155,7 +155,7 @@ mod tests {
         let budget = Budget::default();
         let bounds = Bounds { running_max: 1, queued_max: 1, remembered_max: 1, budget };
         let mut book = Book::new(bounds, Vec::new());
-        let request = Request { vm: "vm1".into(), destination: None, policy: Default::default() };
+        let request = Request { vm: "vm1".into(), ..Request::default() };
         book.submit(id, &request, "/backup/a", Some("key"), "now").unwrap();
         book.get(id).unwrap().clone()
     }

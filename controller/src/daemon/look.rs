@@ -19,6 +19,10 @@ use crate::units::number;
 /// A machine that does not answer for so long is not waited for when it is only looked at.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
 
+/// Images below the one that the guest writes to with which no schedule adds one more. Each costs QEMU memory and an open
+/// file, and a read of what is in none of them asks all.
+const BACKING_IMAGES_MAX: usize = 64;
+
 /// What was seen of a virtual machine.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Seen {
@@ -68,6 +72,8 @@ pub struct Machine {
     memory_bytes: u64,
     /// Disks that a snapshot would switch to overlays.
     disks: usize,
+    /// Images below the one that the guest writes to, of the disk that has most.
+    backing_images: usize,
 }
 
 /// Something that would refuse a snapshot.
@@ -80,6 +86,35 @@ pub struct Hindrance {
     what: String,
     /// What to do about it.
     remedy: String,
+}
+
+/// Why a schedule leaves a virtual machine alone.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    /// It does not answer.
+    #[error("the virtual machine cannot be asked: {0}")]
+    Unreachable(String),
+    /// Nobody would stop a schedule from making chains ever longer.
+    #[error(
+        "a disk has {images} images below the one that the guest writes to, and each snapshot adds one: merge some, as \
+         docs/disks.md tells, or have no_disks in the schedule's policy"
+    )]
+    Chain {
+        /// How many.
+        images: usize,
+    },
+}
+
+impl Seen {
+    /// Why a schedule would not have it snapshotted, with its disks or without.
+    pub fn unfit(&self, is_without_disks: bool) -> Option<Unfit> {
+        if let Some(error) = &self.error {
+            return Some(Unfit::Unreachable(error.detail.clone()));
+        }
+        let images = self.machine.as_ref().map_or(0, |machine| machine.backing_images);
+        let is_long = !is_without_disks && images >= BACKING_IMAGES_MAX;
+        is_long.then_some(Unfit::Chain { images })
+    }
 }
 
 /// Where there is no cpu controller, or a thread has just ended, nothing is withheld.
@@ -115,6 +150,7 @@ impl From<Result<Survey, QemuError>> for Seen {
                 };
             }
         };
+        let below = survey.disks.iter().map(|disk| disk.backing_chain.len());
         let machine = Machine {
             machine_type: survey.machine.machine_type,
             qemu_version: survey.machine.version,
@@ -122,6 +158,7 @@ impl From<Result<Survey, QemuError>> for Seen {
             cpus: survey.machine.cpus,
             memory_bytes: survey.layout.total_bytes(),
             disks: survey.disks.len(),
+            backing_images: below.max().unwrap_or(0),
         };
         let protected = survey.mappings.iter().filter(|mapping| mapping.has_userfaultfd);
         let protected_bytes = protected.map(|mapping| mapping.len_bytes).sum();
@@ -144,5 +181,43 @@ impl From<Result<Survey, QemuError>> for Seen {
             throttle_ratio,
             error: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(backing_images: usize) -> Seen {
+        let machine = Machine {
+            machine_type: "pc-q35-10.0".into(),
+            qemu_version: "10.0.2".into(),
+            pid: 1,
+            cpus: 1,
+            memory_bytes: 0,
+            disks: 1,
+            backing_images,
+        };
+        Seen {
+            at: timestamp(),
+            state: VmState::Running,
+            machine: Some(machine),
+            refusals: Vec::new(),
+            protected_bytes: 0,
+            throttle_ratio: 0.0,
+            error: None,
+        }
+    }
+
+    #[test]
+    fn no_schedule_makes_chains_ever_longer() {
+        assert_eq!(seen(BACKING_IMAGES_MAX - 1).unfit(false), None);
+        let images = BACKING_IMAGES_MAX;
+        assert_eq!(seen(images).unfit(false), Some(Unfit::Chain { images }));
+        assert_eq!(seen(images).unfit(true), None);
+        let detail = "nobody is there".to_owned();
+        let error = Some(OperationError { reason: Reason::VmmUnreachable, detail: detail.clone() });
+        let lost = Seen { error, machine: None, ..seen(0) };
+        assert_eq!(lost.unfit(true), Some(Unfit::Unreachable(detail)));
     }
 }

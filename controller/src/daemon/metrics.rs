@@ -375,7 +375,7 @@ impl Families {
         if !is_completed {
             return;
         }
-        set(&self.last_success, unix_seconds(now));
+        self.note_success(operation);
         let seconds = |pointer: &str| figure(pointer).unwrap_or(0.0) / 1e9;
         self.snapshot_duration.with_label_values(&[vm]).observe(seconds("/report/total_ns"));
         self.downtime.with_label_values(&[vm]).observe(seconds("/report/downtime/total_ns"));
@@ -387,6 +387,25 @@ impl Families {
         }
         set(&self.last_stored, figure("/report/stored_bytes").unwrap_or(0.0));
         set(&self.last_buffer_peak, figure("/report/buffer_peak_bytes").unwrap_or(0.0));
+    }
+
+    /// When the last good snapshot was completed, if this is one.
+    fn note_success(&self, operation: &Operation) {
+        let ended = operation.ended_at.as_deref().and_then(time);
+        if let Some(ended) = ended.filter(|_| operation.is_good()) {
+            let series = self.last_success.with_label_values(&[&operation.vm]);
+            series.set(series.get().max(unix_seconds(ended)));
+        }
+    }
+
+    /// What was found of a completed snapshot.
+    fn note_verified(&self, operation: &Operation) {
+        self.note_success(operation);
+        let error = operation.verification.as_ref().and_then(|found| found.error.as_ref());
+        // The snapshot is not to blame for what livesnap itself failed at.
+        if error.is_some_and(|error| error.reason != snapshot_core::Reason::Internal) {
+            self.verify_failures.with_label_values(&[&operation.vm]).inc();
+        }
     }
 
     /// Looks at the host.
@@ -445,10 +464,7 @@ impl Metrics {
         }));
         for operation in earlier.filter(|operation| operation.state == State::Completed) {
             metrics.register(&operation.vm);
-            if let Some(ended) = operation.ended_at.as_deref().and_then(time) {
-                let series = metrics.0.families.last_success.with_label_values(&[&operation.vm]);
-                series.set(series.get().max(unix_seconds(ended)));
-            }
+            metrics.0.families.note_success(operation);
         }
         Ok(metrics)
     }
@@ -551,8 +567,10 @@ impl Observer for Metrics {
         };
         self.register(&now.vm);
         let families = &self.0.families;
-        let had_ended = before.is_some_and(|before| before.state.is_final());
-        if had_ended {
+        if let Some(before) = before.filter(|before| before.state.is_final()) {
+            if before.verification != now.verification {
+                families.note_verified(now);
+            }
             return;
         }
         if let Some(progress) = &now.progress {

@@ -12,6 +12,8 @@
 //! look          what is to be seen of one
 //! name          what they may be called
 //! schedule      when a snapshot is due: pure
+//! verification  the process that reads a snapshot again
+//! retention     removing old snapshots
 //! supervisor    the one task that owns the book
 //! child         the process that takes one snapshot
 //! lease         whether such a process lives, also if its daemon does not
@@ -41,8 +43,10 @@ mod name;
 mod notify;
 mod operation;
 mod policy;
+mod retention;
 mod schedule;
 mod supervisor;
+mod verification;
 mod vms;
 
 use std::future::pending;
@@ -244,8 +248,9 @@ fn close_on_signal(handle: Handle, first: Shutdown, manager: Manager) -> Result<
 struct LookAfter(Vms);
 
 impl Observer for LookAfter {
-    fn changed(&mut self, _: Option<&Operation>, now: Option<&Operation>) {
-        if let Some(now) = now.filter(|now| now.state.is_final()) {
+    fn changed(&mut self, before: Option<&Operation>, now: Option<&Operation>) {
+        let had_ended = before.is_some_and(|before| before.state.is_final());
+        if let Some(now) = now.filter(|now| now.state.is_final() && !had_ended) {
             self.0.look_soon(&now.vm);
         }
     }
@@ -264,7 +269,10 @@ impl Observer for Log {
             let (cpu_ratio, forecast) = (&control(now)["cpu_ratio_min"], &control(now)["forecast"]);
             tracing::info!(operation, vm, action, %cpu_ratio, %forecast, "decided");
         }
-        if before.is_some_and(|before| before.state == now.state) {
+        if let Some(before) = before.filter(|before| before.state == now.state) {
+            if before.verification != now.verification {
+                log_verification(now);
+            }
             return;
         }
         match &now.error {
@@ -281,4 +289,16 @@ impl Observer for Log {
 fn control(operation: &Operation) -> &Value {
     let control = operation.progress.as_ref().and_then(|progress| progress.control.as_ref());
     control.unwrap_or(&Value::Null)
+}
+
+fn log_verification(operation: &Operation) {
+    let Some(found) = &operation.verification else { return };
+    let (id, vm, state) = (&operation.id, &operation.vm, found.state.as_str());
+    match &found.error {
+        Some(error) => {
+            let reason = error.reason.as_str();
+            tracing::warn!(operation = id, vm, verification = state, reason, error = error.detail);
+        }
+        None => tracing::info!(operation = id, vm, verification = state),
+    }
 }

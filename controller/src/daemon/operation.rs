@@ -107,7 +107,7 @@ impl State {
 }
 
 /// What is asked for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
     /// Name of the virtual machine, as `GET /vms` lists it.
@@ -119,6 +119,9 @@ pub struct Request {
     /// Limits, and how they are kept.
     #[serde(default, deserialize_with = "json::object")]
     pub policy: Policy,
+    /// Whether the snapshot is read again when it is completed.
+    #[serde(default)]
+    pub verify: bool,
 }
 
 /// A snapshot that was asked for.
@@ -154,9 +157,72 @@ pub struct Operation {
     pub forecast: Option<Value>,
     /// Why there is no snapshot.
     pub error: Option<OperationError>,
+    /// What was found when the snapshot was read again; null if that was not asked for, or there is none.
+    pub verification: Option<Verification>,
+    /// When the daemon removed the snapshot, or found that it is there no longer.
+    pub removed_at: Option<String>,
     /// What `livesnap snapshot --json` tells at the end. Not in lists.
     #[schema(value_type = Option<Object>)]
     pub result: Option<Value>,
+}
+
+impl Operation {
+    /// Whether nothing more will come, also not of the snapshot's verification.
+    pub fn is_settled(&self) -> bool {
+        self.state.is_final() && !self.is_verified_as(VerificationState::Running)
+    }
+
+    /// Whether there is a snapshot that was completed and, if that was asked for, found sound.
+    pub fn is_good(&self) -> bool {
+        let is_sound = self.verification.is_none() || self.is_verified_as(VerificationState::Sound);
+        self.state == State::Completed && is_sound
+    }
+
+    /// Whether its verification is in that state.
+    pub fn is_verified_as(&self, state: VerificationState) -> bool {
+        self.verification.as_ref().is_some_and(|verification| verification.state == state)
+    }
+}
+
+/// What was found when a snapshot was read again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Verification {
+    /// Where it is.
+    pub state: VerificationState,
+    /// When it ended.
+    pub at: Option<String>,
+    /// What is wrong with the snapshot.
+    pub error: Option<OperationError>,
+}
+
+impl Verification {
+    /// One that has yet to end.
+    pub const fn begun() -> Self {
+        Self { state: VerificationState::Running, at: None, error: None }
+    }
+}
+
+/// Where a verification is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VerificationState {
+    /// The snapshot is being read, or waits for that.
+    Running,
+    /// It is what was written.
+    Sound,
+    /// It is not, or it could not be read.
+    Failed,
+}
+
+impl VerificationState {
+    /// The word for people and programs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Sound => "sound",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// How far an operation is.

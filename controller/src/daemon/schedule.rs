@@ -12,13 +12,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer};
 use snapshot_core::Reason;
 
 use super::name::is_name;
-use super::operation::{Operation, State, time};
+use super::operation::{Operation, State, VerificationState, time};
 use super::policy::Policy;
 use crate::units::number;
 
@@ -44,6 +45,12 @@ pub struct Schedule {
     /// How far the turns of virtual machines lie apart.
     #[serde(default, deserialize_with = "some_duration")]
     pub jitter: Option<Duration>,
+    /// How many good ones of a virtual machine are kept; all if nothing is said.
+    #[serde(default)]
+    pub keep: Option<NonZeroUsize>,
+    /// Whether each is read again when it is completed.
+    #[serde(default)]
+    pub verify: bool,
     /// Limits, and how they are kept.
     #[serde(default)]
     pub policy: Policy,
@@ -115,6 +122,11 @@ impl Schedule {
         self.vms.iter().any(|names| names.has(vm))
     }
 
+    /// Its name, and how many good ones it keeps; nothing if it keeps all.
+    pub fn kept(&self) -> Option<(String, usize)> {
+        Some((self.name.clone(), self.keep?.get()))
+    }
+
     fn jitter(&self) -> Duration {
         self.jitter.unwrap_or(self.every / JITTER_PART)
     }
@@ -179,12 +191,14 @@ impl Past {
         let begun = operation.started_at.as_ref().unwrap_or(&operation.created_at);
         let is_unwanted = operation.state == State::Aborted
             && operation.error.as_ref().is_some_and(|error| error.reason == Reason::Cancelled);
-        let may_count = !operation.state.is_final() || operation.state == State::Completed;
-        if may_count || is_unwanted {
+        let is_damaged = operation.is_verified_as(VerificationState::Failed);
+        let is_taken = operation.state == State::Completed && !is_damaged;
+        if !operation.state.is_final() || is_taken || is_unwanted {
             *self = Self { taken: time(begun), ..Self::default() };
         } else {
             self.failures = self.failures.saturating_add(1);
-            self.failed = operation.ended_at.as_deref().and_then(time);
+            let verified = operation.verification.as_ref().and_then(|found| found.at.as_deref());
+            self.failed = verified.or(operation.ended_at.as_deref()).and_then(time);
         }
     }
 }
@@ -200,20 +214,29 @@ pub struct Turn {
     pub vm: String,
 }
 
+/// A turn that was left out.
+#[derive(Clone, Debug)]
+struct LeftOut {
+    until: SystemTime,
+    why: String,
+}
+
 /// All schedules, and what has to be remembered of them.
 #[derive(Debug)]
 pub struct Agenda {
     schedules: Vec<Schedule>,
     /// Since when virtual machines are known.
     since: HashMap<String, SystemTime>,
+    /// When the last ones were begun, should their operations be forgotten; by schedule and virtual machine.
+    taken: HashMap<(String, String), SystemTime>,
     /// Turns that were left out are not looked at again before then, by schedule and virtual machine.
-    left_out: HashMap<(String, String), SystemTime>,
+    left_out: HashMap<(String, String), LeftOut>,
 }
 
 impl Agenda {
     /// With these schedules.
     pub fn new(schedules: Vec<Schedule>) -> Self {
-        Self { schedules, since: HashMap::new(), left_out: HashMap::new() }
+        Self { schedules, since: HashMap::new(), taken: HashMap::new(), left_out: HashMap::new() }
     }
 
     /// The schedule of that name.
@@ -234,10 +257,11 @@ impl Agenda {
         operations: impl Iterator<Item = &'a Operation>,
     ) -> Vec<Turn> {
         self.since.retain(|vm, _| vms.contains(vm));
+        self.taken.retain(|(_, vm), _| vms.contains(vm));
+        self.left_out.retain(|(_, vm), _| vms.contains(vm));
         for vm in vms {
             self.since.entry(vm.clone()).or_insert(now);
         }
-        self.left_out.retain(|_, until| *until > now);
         let mut past: BTreeMap<(&str, &str), Past> = BTreeMap::new();
         for operation in operations {
             if let Some(schedule) = &operation.schedule {
@@ -247,11 +271,15 @@ impl Agenda {
         let mut turns = Vec::new();
         for schedule in &self.schedules {
             for vm in vms.iter().filter(|vm| schedule.is_for(vm)) {
-                let none = Past::default();
-                let past = past.get(&(schedule.name.as_str(), vm.as_str())).unwrap_or(&none);
-                let due = schedule.due(vm, now, self.since[vm], past);
-                let left_out = self.left_out.get(&(schedule.name.clone(), vm.clone()));
-                let at = left_out.map_or(due, |until| due.max(*until));
+                let key = (schedule.name.clone(), vm.clone());
+                let mut past =
+                    past.remove(&(schedule.name.as_str(), vm.as_str())).unwrap_or_default();
+                if past.failures == 0 {
+                    past.taken = past.taken.max(self.taken.get(&key).copied());
+                    self.taken.extend(past.taken.map(|taken| (key.clone(), taken)));
+                }
+                let due = schedule.due(vm, now, self.since[vm], &past);
+                let at = self.left_out.get(&key).map_or(due, |left_out| due.max(left_out.until));
                 turns.push(Turn { at, schedule: schedule.name.clone(), vm: vm.clone() });
             }
         }
@@ -260,11 +288,24 @@ impl Agenda {
     }
 
     /// A turn is left out; returns when it is looked at again.
-    pub fn leave_out(&mut self, turn: &Turn, now: SystemTime) -> SystemTime {
+    pub fn leave_out(&mut self, turn: &Turn, why: &str, now: SystemTime) -> SystemTime {
         let retry = self.get(&turn.schedule).map_or(RETRY_FIRST, |schedule| schedule.retry(1));
         let until = now + retry;
-        self.left_out.insert((turn.schedule.clone(), turn.vm.clone()), until);
+        let left_out = LeftOut { until, why: why.into() };
+        self.left_out.insert((turn.schedule.clone(), turn.vm.clone()), left_out);
         until
+    }
+
+    /// A turn is taken.
+    pub fn taken(&mut self, turn: &Turn) {
+        self.left_out.remove(&(turn.schedule.clone(), turn.vm.clone()));
+    }
+
+    /// Why turns are left out, by virtual machine.
+    pub fn left_out(&self) -> BTreeMap<String, String> {
+        let reason =
+            |((_, vm), left_out): (&(String, String), &LeftOut)| (vm.clone(), left_out.why.clone());
+        self.left_out.iter().map(reason).collect()
     }
 }
 
@@ -273,7 +314,7 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
     use super::*;
-    use crate::daemon::operation::{OperationError, at};
+    use crate::daemon::operation::{OperationError, Verification, at};
 
     const HOUR: Duration = Duration::from_secs(3600);
     const MINUTE: Duration = Duration::from_secs(60);
@@ -396,11 +437,14 @@ mod tests {
 
     #[test]
     fn what_has_become_of_earlier_ones_is_known_from_operations() {
-        let mut agenda = Agenda::new(vec![schedule("jitter = '0s'")]);
         let vms = ["vm1".to_owned(), "vm2".to_owned()];
         let completed = |begun| operation(State::Completed, begun, begun + 1, None);
         let failed = |begun| operation(State::Failed, begun, begun + 1, Some(Reason::Io));
         let aborted = |reason| operation(State::Aborted, 180, 181, Some(reason));
+        let verified = |begun, state| {
+            let verification = Verification { state, at: Some(at(clock(begun + 5))), error: None };
+            Operation { verification: Some(verification), ..completed(begun) }
+        };
         let by_client = Operation { schedule: None, ..completed(179) };
         for (operations, due) in [
             (vec![completed(60), completed(120)], 180),
@@ -408,6 +452,9 @@ mod tests {
             (vec![completed(60), failed(120)], 122),
             (vec![completed(60), failed(120), failed(122)], 125),
             (vec![failed(60), completed(120)], 180),
+            (vec![completed(60), verified(120, VerificationState::Sound)], 180),
+            (vec![completed(60), verified(120, VerificationState::Running)], 180),
+            (vec![completed(60), verified(120, VerificationState::Failed)], 126),
             // It is at it.
             (vec![completed(60), operation(State::Copying, 120, 0, None)], 180),
             // Somebody did not want it.
@@ -415,12 +462,12 @@ mod tests {
             // Nobody is to blame for that but the daemon.
             (vec![completed(60), aborted(Reason::DaemonRestart)], 182),
         ] {
-            let turns = agenda.turns(clock(0), &vms, operations.iter());
-            let find = |turns: &[Turn]| turns.iter().find(|turn| turn.vm == "vm1").unwrap().at;
-            // Failures are not of the future.
-            assert_eq!(turns.len(), 2);
+            let mut agenda = Agenda::new(vec![schedule("jitter = '0s'")]);
+            // All are known since then.
+            assert_eq!(agenda.turns(clock(0), &vms, [].iter()).len(), 2);
             let turns = agenda.turns(clock(190), &vms, operations.iter());
-            assert_eq!(find(&turns), clock(due), "{operations:?}");
+            let own = turns.iter().find(|turn| turn.vm == "vm1").unwrap();
+            assert_eq!(own.at, clock(due), "{operations:?}");
         }
     }
 
@@ -431,9 +478,16 @@ mod tests {
         let next = |agenda: &mut Agenda, now| agenda.turns(clock(now), &vms, [].iter()).remove(0);
         let turn = next(&mut agenda, 7);
         assert_eq!(turn.at, clock(7));
-        assert_eq!(agenda.leave_out(&turn, clock(8)), clock(9));
+        assert_eq!(agenda.leave_out(&turn, "busy", clock(8)), clock(9));
         assert_eq!(next(&mut agenda, 8).at, clock(9));
-        assert_eq!(next(&mut agenda, 9).at, clock(7));
+        assert_eq!(next(&mut agenda, 9).at, clock(9));
+        assert_eq!(agenda.left_out()["vm1"], "busy");
+        agenda.taken(&turn);
+        assert!(agenda.left_out().is_empty());
+        // What was taken is not taken again because nobody remembers it.
+        let taken = operation(State::Completed, 10, 11, None);
+        assert_eq!(agenda.turns(clock(12), &vms, [taken].iter())[0].at, clock(60));
+        assert_eq!(next(&mut agenda, 13).at, clock(60));
         // One that was gone is a new one when it is back.
         assert_eq!(agenda.turns(clock(10), &[], [].iter()), []);
         assert_eq!(next(&mut agenda, 11).at, clock(11));

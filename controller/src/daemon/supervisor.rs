@@ -21,14 +21,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::book::{Action, Book, OverBudget, Record, Rejected, Shutdown, Unforgettable};
+use super::book::{Action, Book, OverBudget, Record, Rejected, Series, Shutdown, Unforgettable};
 use super::child::{self, Change, Order, Outlived, Task, Told};
 use super::config::Config;
 use super::destination::{DestinationError, Place};
 use super::journal::{Journal, JournalError};
 use super::lease::Lease;
-use super::operation::{self, Ended, Observer, Operation, Request, State, timestamp};
-use super::schedule::{Agenda, Turn};
+use super::look::Unfit;
+use super::operation::{self, Ended, Observer, Operation, Request, State, Verification, timestamp};
+use super::retention::{self, Candidate};
+use super::schedule::{Agenda, Schedule, Turn};
+use super::verification;
 use super::vms::{Vm, Vms};
 use crate::{actuator, control_loop};
 
@@ -50,6 +53,8 @@ pub struct View {
     pub operations: BTreeMap<String, Arc<Operation>>,
     /// When the next snapshot of a virtual machine is due, by its name (RFC 3339).
     pub next_at: BTreeMap<String, String>,
+    /// Why schedules leave virtual machines out for now, by their names.
+    pub left_out: BTreeMap<String, String>,
     /// Whether the daemon is ending.
     pub is_closing: bool,
 }
@@ -80,8 +85,8 @@ pub enum SubmitError {
 /// Why a turn of a schedule is left out.
 #[derive(Debug, thiserror::Error)]
 enum LeftOut {
-    #[error("the virtual machine cannot be asked: {0}")]
-    Unreachable(String),
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
     #[error(transparent)]
     Rejected(#[from] SubmitError),
 }
@@ -134,6 +139,15 @@ enum Command {
         reply: oneshot::Sender<Result<(), ChangeError>>,
     },
     Close(Shutdown),
+}
+
+/// What was done beside snapshots.
+#[derive(Debug)]
+enum Done {
+    /// A snapshot was read again.
+    Verified(String, Verification),
+    /// Old ones were removed: those of these operations are there no longer.
+    Tidied(Vec<String>),
 }
 
 /// How others reach the supervisor.
@@ -274,6 +288,9 @@ pub struct Supervisor {
     /// Kept so that the channel stays open; each process has a copy.
     teller: mpsc::Sender<(String, Told)>,
     told: mpsc::Receiver<(String, Told)>,
+    /// The same for what is done beside snapshots.
+    doer: mpsc::Sender<Done>,
+    done: mpsc::Receiver<Done>,
     processes: HashMap<String, Process>,
 }
 
@@ -298,10 +315,12 @@ impl Supervisor {
         let operations = earlier.iter().map(|record| &record.operation);
         let operations =
             operations.map(|known| (known.id.clone(), Arc::new(known.clone()))).collect();
-        let book = Book::new(config.bounds(), earlier);
+        let keep = config.schedule.iter().filter_map(Schedule::kept).collect();
+        let book = Book::new(config.bounds(), earlier).keeping(keep);
         let (view, seen) = watch::channel(Arc::new(View { operations, ..View::default() }));
         let (sender, commands) = mpsc::channel(MAILBOX);
         let (teller, told) = mpsc::channel(MAILBOX);
+        let (doer, done) = mpsc::channel(MAILBOX);
         let handle = Handle {
             config: Arc::clone(&config),
             vms: vms.clone(),
@@ -323,6 +342,8 @@ impl Supervisor {
             commands,
             teller,
             told,
+            doer,
+            done,
             processes: HashMap::new(),
         };
         (supervisor, handle)
@@ -343,6 +364,7 @@ impl Supervisor {
             tokio::select! {
                 biased;
                 Some((id, told)) = self.told.recv() => self.note(&id, told).await,
+                Some(done) = self.done.recv() => self.note_done(done),
                 () = sleep_until(self.agenda_at), if !self.agenda.is_empty() => self.keep_schedules().await,
                 Some(command) = self.commands.recv() => self.obey(command).await,
                 else => return,
@@ -372,6 +394,8 @@ impl Supervisor {
                 // It is one that has ended.
                 let _ = self.book.forget(&id);
             }
+            Action::Verify(id) => self.verify(id),
+            Action::Tidy(series) => self.tidy(&series),
         }
         self.publish().await;
     }
@@ -407,6 +431,39 @@ impl Supervisor {
                 };
                 self.book.end(id, child::without(reason, error.to_string()), &now);
             }
+        }
+    }
+
+    /// Has a snapshot read again.
+    fn verify(&mut self, id: String) {
+        self.book.verifying(&id);
+        let Some(record) = self.book.get(&id) else { return };
+        let (place, done) = (self.place(&record.operation), self.doer.clone());
+        tokio::spawn(async move {
+            let found = verification::verify(place).await;
+            // Nobody is left to hear it if this fails.
+            let _ = done.send(Done::Verified(id, found)).await;
+        });
+    }
+
+    /// Has old snapshots removed.
+    fn tidy(&mut self, series: &Series) {
+        self.book.tidying(series);
+        let keep = self.book.keep(series);
+        // What an earlier configuration had below other roots is not touched, and does not count.
+        let candidate = |known| Some(Candidate::new(known, self.place(known).ok()?));
+        let candidates: Vec<_> = self.book.kept(series).filter_map(candidate).collect();
+        let done = self.doer.clone();
+        tokio::spawn(async move {
+            let gone = spawn_blocking(move || retention::tidy(&candidates, keep)).await;
+            let _ = done.send(Done::Tidied(gone.unwrap_or_default())).await;
+        });
+    }
+
+    fn note_done(&mut self, done: Done) {
+        match done {
+            Done::Verified(id, found) => self.book.verified(&id, found),
+            Done::Tidied(gone) => self.book.tidied(&gone, &timestamp()),
         }
     }
 
@@ -548,23 +605,28 @@ impl Supervisor {
         let now = SystemTime::now();
         for turn in self.turns(now).into_iter().take_while(|turn| turn.at <= now) {
             let (schedule, vm) = (&turn.schedule, &turn.vm);
-            if let Err(why) = self.take_turn(&turn).await {
-                let again = operation::at(self.agenda.leave_out(&turn, now));
-                tracing::warn!(schedule, vm, %why, again, "a turn is left out");
+            match self.take_turn(&turn).await {
+                Ok(()) => self.agenda.taken(&turn),
+                Err(why) => {
+                    let why = why.to_string();
+                    let again = operation::at(self.agenda.leave_out(&turn, &why, now));
+                    tracing::warn!(schedule, vm, why, again, "a turn is left out");
+                }
             }
         }
         let turns = self.turns(now);
         let next = turns.first().and_then(|turn| turn.at.duration_since(now).ok());
         // Looked at before that for machines that come, and for clocks that are put.
         self.agenda_at = Instant::now() + next.unwrap_or_default().min(AGENDA_INTERVAL);
-        let mut next_at = BTreeMap::new();
+        let (mut next_at, left_out) = (BTreeMap::new(), self.agenda.left_out());
         for turn in turns {
             next_at.entry(turn.vm).or_insert(operation::at(turn.at));
         }
         self.view.send_if_modified(|view| {
-            let is_new = view.next_at != next_at;
+            let is_new = view.next_at != next_at || view.left_out != left_out;
             if is_new {
-                Arc::make_mut(view).next_at = next_at;
+                let view = Arc::make_mut(view);
+                (view.next_at, view.left_out) = (next_at, left_out);
             }
             is_new
         });
@@ -578,12 +640,16 @@ impl Supervisor {
     /// Asks for a snapshot that is due.
     async fn take_turn(&mut self, turn: &Turn) -> Result<(), LeftOut> {
         let Some(schedule) = self.agenda.get(&turn.schedule) else { return Ok(()) };
-        let request =
-            Request { vm: turn.vm.clone(), destination: None, policy: schedule.policy.clone() };
+        let request = Request {
+            vm: turn.vm.clone(),
+            destination: None,
+            policy: schedule.policy.clone(),
+            verify: schedule.verify,
+        };
         let unknown = || SubmitError::UnknownVm { vm: turn.vm.clone() };
         let seen = self.vms.get(&turn.vm).ok_or_else(unknown)?.seen;
-        if let Some(error) = seen.as_ref().and_then(|seen| seen.error.as_ref()) {
-            return Err(LeftOut::Unreachable(error.detail.clone()));
+        if let Some(unfit) = seen.and_then(|seen| seen.unfit(schedule.policy.no_disks)) {
+            return Err(unfit.into());
         }
         let id = new_id(&self.ids);
         let place = Place::new(&self.config.destinations, None, &turn.vm, &id);
@@ -645,12 +711,14 @@ impl Supervisor {
     }
 }
 
-/// Whether a restart must know of it: that it was asked for, that it runs, how it ended, and
-/// its limits. How far it is need not survive.
+/// Whether a restart must know of it: that it was asked for, that it runs, how it ended, its
+/// limits, and what has become of its snapshot. How far it is need not survive.
 fn is_worth_keeping(before: Option<&Operation>, now: &Operation) -> bool {
-    let stage = |state: State| (state.is_running(), state.is_final());
-    before
-        .is_none_or(|before| stage(before.state) != stage(now.state) || before.policy != now.policy)
+    let stage = |known: &Operation| {
+        let Operation { state, policy, verification, removed_at, .. } = known.clone();
+        (state.is_running(), state.is_final(), policy, verification, removed_at)
+    };
+    before.is_none_or(|before| stage(before) != stage(now))
 }
 
 /// Puts back what livesnaps that were killed had changed.

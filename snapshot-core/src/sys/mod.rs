@@ -2,6 +2,7 @@
 //!
 //! The only module that may use `unsafe`. Nothing here decides anything: policy lives in the callers.
 
+pub mod io_priority;
 pub mod memory;
 pub mod pagemap_scan;
 pub mod ptrace;

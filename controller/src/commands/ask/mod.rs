@@ -28,8 +28,8 @@ A snapshot is followed until its end, unless --detach is given, and then reporte
 following: the daemon goes on with the snapshot, and `follow` takes it up again.
 
 Exit codes:
-  0    done; of a snapshot that is followed: there is one; of a plan: a snapshot would be begun
-  1    failed: the snapshot, or the daemon went away
+  0    done; of a snapshot that is followed: there is one, and it is sound if that was asked; of a plan: a snapshot would be begun
+  1    failed: the snapshot, or its verification, or the daemon went away
   2    wrong usage
   3    refused by the daemon, or it could not be asked
   4    the snapshot was given up, or not begun, because its limits cannot be kept; or a plan says that it would be
@@ -81,6 +81,9 @@ enum What {
     Snapshot {
         #[command(flatten)]
         request: Request,
+        /// Have it read again when it is completed
+        #[arg(long)]
+        verify: bool,
         /// Do not follow it
         #[arg(long)]
         detach: bool,
@@ -118,8 +121,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             }
             if told["is_feasible"] == true { Ok(()) } else { Err(ended(&told)) }
         }
-        What::Snapshot { request, detach } => {
-            let operation = client.call("POST", "/snapshot", Some(&request.json()))?;
+        What::Snapshot { request, verify, detach } => {
+            let mut request = request.json();
+            request["verify"] = (*verify).into();
+            let operation = client.call("POST", "/snapshot", Some(&request))?;
             if *detach {
                 return args.show(&operation);
             }
@@ -181,9 +186,12 @@ impl Args {
             Some("completed") => {
                 let report = last["result"]["in_words"].as_str().filter(|_| !self.json);
                 let destination = last["destination"].as_str().unwrap_or_default();
-                report.map_or(Ok(()), |report| {
-                    output::line(format_args!("{}\n{report}", taken_to(&destination)))
-                })
+                if let Some(report) = report {
+                    output::line(format_args!("{}\n{report}", taken_to(&destination)))?;
+                }
+                let verification = &last["verification"];
+                let is_sound = verification["state"] != "failed";
+                if is_sound { Ok(()) } else { Err(failure(&verification["error"])) }
             }
             Some("aborted" | "failed") => Err(ended(&last)),
             _ => {
@@ -249,10 +257,17 @@ fn row(operation: &Value) -> String {
     };
     let schedule = operation["schedule"].as_str();
     let schedule = schedule.map_or(String::new(), |schedule| format!("  by {schedule}"));
+    let verified = match operation["verification"]["state"].as_str() {
+        Some("running") => "  being verified",
+        Some("sound") => "  sound",
+        Some("failed") => "  not sound",
+        _ => "",
+    };
+    let removed = if operation["removed_at"].is_null() { "" } else { "  removed" };
     let reason = operation["error"]["reason"].as_str();
     let reason = reason.map_or(String::new(), |reason| format!("  {reason}"));
     format!(
-        "{}  {}  {:<10} {percent:>5}  {}{schedule}{reason}",
+        "{}  {}  {:<10} {percent:>5}  {}{schedule}{reason}{verified}{removed}",
         text("id"),
         text("vm"),
         text("state"),
@@ -262,7 +277,11 @@ fn row(operation: &Value) -> String {
 
 /// Why there is no snapshot.
 fn ended(operation: &Value) -> Failure {
-    let error = &operation["error"];
+    failure(&operation["error"])
+}
+
+/// An error that the daemon tells of.
+fn failure(error: &Value) -> Failure {
     let detail = error["detail"].as_str().unwrap_or("the daemon does not say why");
     Failure::new(reason(&error["reason"]).unwrap_or(Reason::Internal), detail)
 }
@@ -296,6 +315,11 @@ mod tests {
             "progress": {"saved_bytes": 50, "total_bytes": 200}, "error": null,
         });
         assert_eq!(row(&operation), "07  vm1  copying     25 %  /backup/vm1/07");
+        let old = json!({
+            "id": "06", "vm": "vm1", "state": "completed", "destination": "/backup/vm1/06",
+            "verification": {"state": "sound"}, "removed_at": "2026-01-01T00:00:00Z",
+        });
+        assert_eq!(row(&old), "06  vm1  completed      -  /backup/vm1/06  sound  removed");
         let failed = json!({
             "id": "08", "vm": "vm1", "state": "failed", "schedule": "hourly", "destination": "/backup/vm1/08",
             "progress": null, "error": {"reason": "io", "detail": "no"},

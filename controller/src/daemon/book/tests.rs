@@ -19,7 +19,7 @@ fn book() -> Book {
 }
 
 fn request(vm: &str) -> Request {
-    Request { vm: vm.into(), destination: None, policy: Default::default() }
+    Request { vm: vm.into(), ..Request::default() }
 }
 
 fn submit(book: &mut Book, id: &str, vm: &str) -> Result<String, Rejected> {
@@ -36,6 +36,8 @@ fn settle(book: &mut Book) -> Vec<Action> {
             Action::Terminate(id) => book.told(id),
             Action::Share(id, share) => book.share(id, *share),
             Action::Forget(id) => book.forget(id).unwrap(),
+            Action::Verify(id) => book.verifying(id),
+            Action::Tidy(series) => book.tidying(series),
         }
         done.push(action);
         assert!(done.len() < 100, "no end: {done:?}");
@@ -376,4 +378,122 @@ fn the_disk_is_shared_by_those_that_write() {
     book.end("2", Ended::Completed(json!({})), NOW);
     settle(&mut book);
     assert_eq!(shares(&book), [100, 50, 34]);
+}
+
+fn series(schedule: &str, vm: &str) -> Series {
+    Series { schedule: schedule.into(), vm: vm.into() }
+}
+
+/// A book whose schedule `daily` keeps one, and `weekly` all.
+fn keeping_book(earlier: Vec<Record>) -> Book {
+    let bounds = Bounds { remembered_max: 3, ..BOUNDS };
+    Book::new(bounds, earlier).keeping(BTreeMap::from([("daily".into(), 1)]))
+}
+
+/// Has a schedule's snapshot taken, to be verified or not; returns what is done until it is complete.
+fn take(book: &mut Book, id: &str, schedule: &str, verify: bool) {
+    let request = Request { verify, ..request("vm1") };
+    book.submit_scheduled(id, &request, &format!("/backup/{id}"), schedule, NOW).unwrap();
+    settle(book);
+    book.end(id, Ended::Completed(json!({})), NOW);
+}
+
+fn found(state: VerificationState) -> Verification {
+    Verification { state, at: Some(NOW.into()), error: None }
+}
+
+#[test]
+fn old_snapshots_are_removed_once_the_new_one_is_good() {
+    let mut book = keeping_book(Vec::new());
+    take(&mut book, "1", "daily", false);
+    assert_eq!(settle(&mut book), [Action::Tidy(series("daily", "vm1"))]);
+    // One at a time.
+    take(&mut book, "2", "daily", false);
+    assert_eq!(settle(&mut book), []);
+    book.tidied(&[], NOW);
+    assert_eq!(settle(&mut book), [Action::Tidy(series("daily", "vm1"))]);
+    let kept = |book: &Book, schedule: &str| {
+        let series = series(schedule, "vm1");
+        book.kept(&series).map(|known| known.id.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(kept(&book, "daily"), ["2", "1"]);
+    book.tidied(&["1".into()], NOW);
+    assert_eq!(kept(&book, "daily"), ["2"]);
+    assert_eq!(book.get("1").unwrap().operation.removed_at.as_deref(), Some(NOW));
+
+    // Before it is known whether the new one is sound, and if it is not, nothing goes.
+    take(&mut book, "3", "daily", true);
+    assert_eq!(settle(&mut book), [Action::Verify("3".into())]);
+    book.verified("3", found(VerificationState::Failed));
+    take(&mut book, "4", "daily", true);
+    let forgotten = Action::Forget("1".into());
+    assert_eq!(settle(&mut book), [forgotten, Action::Verify("4".into())]);
+    book.verified("4", found(VerificationState::Sound));
+    assert_eq!(settle(&mut book), [Action::Tidy(series("daily", "vm1"))]);
+    assert_eq!(kept(&book, "daily"), ["4", "3", "2"]);
+    book.tidied(&[], NOW);
+
+    // A schedule that keeps all has nothing removed.
+    take(&mut book, "5", "weekly", false);
+    assert_eq!(settle(&mut book), []);
+    assert_eq!(kept(&book, "weekly"), ["5"]);
+}
+
+#[test]
+fn what_schedules_need_is_remembered() {
+    let mut book = keeping_book(Vec::new());
+    for id in ["1", "2", "3", "4", "5", "6"] {
+        take(&mut book, id, if id < "4" { "daily" } else { "weekly" }, false);
+    }
+    let ids =
+        |book: &Book| book.operations().map(|known| known.id.clone()).collect::<Vec<_>>().join(" ");
+    // Snapshots that are still to be removed, and of those that are kept for ever the last.
+    settle(&mut book);
+    assert_eq!(ids(&book), "1 2 3 6");
+    book.tidied(&["1".into(), "2".into()], NOW);
+    settle(&mut book);
+    assert_eq!(ids(&book), "2 3 6");
+}
+
+#[test]
+fn what_an_earlier_daemon_was_at_is_taken_up_again() {
+    let mut book = keeping_book(Vec::new());
+    take(&mut book, "1", "weekly", false);
+    take(&mut book, "2", "daily", true);
+    settle(&mut book);
+    let records = book.operations().map(|known| book.get(&known.id).unwrap().clone()).collect();
+    let mut book = keeping_book(records);
+    assert_eq!(
+        settle(&mut book),
+        [
+            Action::Verify("2".into()),
+            // Also where all are kept: by now, perhaps.
+            Action::Tidy(series("daily", "vm1")),
+        ]
+    );
+    book.tidied(&[], NOW);
+    assert_eq!(settle(&mut book), [Action::Tidy(series("weekly", "vm1"))]);
+    // One that ends takes up nothing.
+    let records = book.operations().map(|known| book.get(&known.id).unwrap().clone()).collect();
+    let mut book = keeping_book(records);
+    book.close(Shutdown::Drain);
+    assert_eq!(settle(&mut book), []);
+    assert!(book.is_closed());
+}
+
+#[test]
+fn what_is_found_of_a_snapshot_is_beside_its_state() {
+    let mut book = in_state(State::Completed);
+    let version = book.get("1").unwrap().operation.version;
+    book.verified("1", found(VerificationState::Failed));
+    let operation = &book.get("1").unwrap().operation;
+    assert_eq!((operation.state, operation.version), (State::Completed, version + 1));
+    assert!(operation.is_settled() && !operation.is_good());
+    assert_eq!(book.take_changes(), ["1"]);
+    // One that was forgotten meanwhile is no matter.
+    book.forget("1").unwrap();
+    book.take_changes();
+    book.verified("1", found(VerificationState::Sound));
+    book.tidied(&["1".into()], NOW);
+    assert_eq!(book.take_changes(), [""; 0]);
 }

@@ -34,7 +34,7 @@ struct OperationEvent {
 /// Follows an operation.
 ///
 /// Each event is named `operation`, has the operation's version as its id, and the operation as its data. The last one is
-/// that of its end. A client that comes again with `Last-Event-ID` is told nothing twice, and 204 once there is nothing more.
+/// that of its end, or of its verification's. A client that comes again with `Last-Event-ID` is told nothing twice, and 204 once there is nothing more.
 #[utoipa::path(
     get,
     path = "/snapshot/{id}/events",
@@ -58,7 +58,7 @@ pub async fn events(
     let now = view.borrow().operations.get(&id).map(Arc::clone);
     let now = now.ok_or_else(|| Problem::unknown_operation(&id))?;
     let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
-    if now.state.is_final() && seen == Some(now.version) {
+    if now.is_settled() && seen == Some(now.version) {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
     let reader = Reader { view, id, seen, is_over: false };
@@ -88,7 +88,7 @@ impl Reader {
         let event = Event::default().event("operation").id(now.version.to_string());
         let event = event.json_data(&*now).ok()?;
         self.seen = Some(now.version);
-        self.is_over = now.state.is_final();
+        self.is_over = now.is_settled();
         Some((Ok(event), self))
     }
 }

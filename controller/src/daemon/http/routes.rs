@@ -45,7 +45,7 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
     request_body = Request,
     responses(
         (status = 202, description = "It was taken up", body = Operation, headers(("Location" = String))),
-        (status = 200, description = "It has ended, as was waited for", body = Operation, headers(("Location" = String))),
+        (status = 200, description = "It has ended, and was verified if that was asked for, as was waited for", body = Operation, headers(("Location" = String))),
         (status = "default", description = "It was not taken up", body = Problem, content_type = "application/problem+json"),
     ),
 )]
@@ -63,7 +63,7 @@ pub async fn submit(
         let mut view = api.handle.view();
         let id = operation.id.clone();
         let has_ended = |known: Option<&std::sync::Arc<Operation>>| {
-            known.is_none_or(|known| known.state.is_final())
+            known.is_none_or(|known| known.is_settled())
         };
         let ended = view.wait_for(|view| has_ended(view.operations.get(&id)));
         if let Ok(Ok(view)) = tokio::time::timeout(wait, ended).await
@@ -72,7 +72,7 @@ pub async fn submit(
             operation = ended.clone();
         }
     }
-    let status = if operation.state.is_final() { StatusCode::OK } else { StatusCode::ACCEPTED };
+    let status = if operation.is_settled() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let mut response =
         (status, [(header::LOCATION, link(&operation.id))], tagged(&operation)).into_response();
     if wait.is_some() {
@@ -98,7 +98,7 @@ pub async fn plan(
     Shared(api): Shared<Api>,
     Body(request): Body<Request>,
 ) -> Result<Json<Forecast>, Problem> {
-    let Request { vm: name, destination, policy } = request;
+    let Request { vm: name, destination, policy, .. } = request;
     policy.check().map_err(|error| Problem::new(Word::BadArgument, error.to_string()))?;
     let (vm, place) = api.handle.find(&name, destination.as_deref(), PLANNED)?;
     let view = api.handle.view().borrow().clone();
@@ -281,10 +281,12 @@ pub struct VmEntry {
     source: Source,
     /// The operation that waits or runs, if one does.
     operation: Option<String>,
-    /// When its last snapshot was completed, of those that are remembered.
+    /// When its last good snapshot was completed, of those that are remembered.
     last_completed_at: Option<String>,
     /// When its next snapshot is due, by schedules.
     next_at: Option<String>,
+    /// Why a schedule leaves it out for now.
+    left_out: Option<String>,
     /// What was seen of it last, but not while it is being snapshotted.
     seen: Option<Seen>,
 }
@@ -308,13 +310,14 @@ pub async fn vms(Shared(api): Shared<Api>) -> Json<VmList> {
     let entry = |(name, vm): (String, Vm)| {
         let own = || view.operations.values().rev().filter(|known| known.vm == name);
         let unfinished = own().find(|known| !known.state.is_final());
-        let completed = own().find(|known| known.state == State::Completed);
+        let completed = own().find(|known| known.is_good());
         VmEntry {
             qmp: vm.qmp.display().to_string(),
             source: vm.source,
             operation: unfinished.map(|known| link(&known.id)),
             last_completed_at: completed.and_then(|known| known.ended_at.clone()),
             next_at: view.next_at.get(&name).cloned(),
+            left_out: view.left_out.get(&name).cloned(),
             seen: vm.seen.map(|seen| (*seen).clone()),
             name,
         }

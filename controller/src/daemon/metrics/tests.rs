@@ -8,7 +8,7 @@ use snapshot_core::Reason;
 
 use super::*;
 use crate::daemon::look::VmState;
-use crate::daemon::operation::OperationError;
+use crate::daemon::operation::{OperationError, Verification, VerificationState};
 
 fn metrics() -> Metrics {
     Metrics::new(vec!["/".into()], &[], std::iter::empty()).unwrap()
@@ -166,7 +166,9 @@ fn a_running_snapshot_is_shown_with_the_one_that_waits() {
             "downtime": {"total_ns": 4_000_000, "pause_ns": 1_000_000, "protect_ns": 3_000_000}},
         "control": {"withheld_ns": 500_000_000}, "probes": {"tier": null}, "disk": {"tier": "raw-tp"},
     });
-    let completed = Operation { state: State::Completed, result: Some(result), ..running.clone() };
+    let ended_at = Some("2026-01-01T00:01:00Z".to_owned());
+    let state = State::Completed;
+    let completed = Operation { state, ended_at, result: Some(result), ..running.clone() };
     metrics.changed(Some(&running), Some(&completed));
     is(&metrics, "livesnap_snapshots_total{outcome=\"completed\",reason=\"none\",vm=\"vm1\"}", 1.0);
     is(&metrics, "livesnap_downtime_seconds_bucket{vm=\"vm1\",le=\"0.005\"}", 1.0);
@@ -179,7 +181,7 @@ fn a_running_snapshot_is_shown_with_the_one_that_waits() {
     is(&metrics, "livesnap_last_snapshot_throttled_seconds{vm=\"vm1\"}", 0.5);
     is(&metrics, "livesnap_probe_attached{probe=\"disk\",tier=\"raw-tp\"}", 1.0);
     is(&metrics, "livesnap_probe_attached{probe=\"stall\",tier=\"tp-btf\"}", 0.0);
-    assert!(value(&metrics, "livesnap_last_success_timestamp_seconds{vm=\"vm1\"}") > 1.7e9);
+    is(&metrics, "livesnap_last_success_timestamp_seconds{vm=\"vm1\"}", 1_767_225_660.0);
     is(&metrics, "livesnap_snapshot_phase{phase=\"queued\",vm=\"vm1\"}", 1.0);
     // Forgotten, it has been all the same.
     metrics.changed(Some(&completed), None);
@@ -248,4 +250,38 @@ fn answers_are_counted_by_route() {
         value(&metrics, &format!("{series}{{code=\"{code}\",route=\"{route}\"}}"))
     };
     assert_eq!((count("/snapshot/{id}", 200), count("other", 404)), (1.0, 1.0));
+}
+
+#[test]
+fn a_snapshot_counts_as_good_once_it_is_found_sound() {
+    let mut metrics = metrics();
+    let ended_at = Some("2026-01-01T00:01:00Z".to_owned());
+    let completed = Operation { ended_at, ..operation("1", State::Completed) };
+    let verified = |state, reason: Option<Reason>| {
+        let error = reason.map(|reason| OperationError { reason, detail: "no".into() });
+        let verification = Some(Verification { state, at: None, error });
+        Operation { verification, ..completed.clone() }
+    };
+    let running = verified(VerificationState::Running, None);
+    metrics.changed(Some(&operation("1", State::Committing)), Some(&running));
+    let is = |series: &str, expected: f64| {
+        assert_eq!(
+            value(&metrics, &format!("livesnap_{series}{{vm=\"vm1\"}}")),
+            expected,
+            "{series}"
+        );
+    };
+    is("last_success_timestamp_seconds", 0.0);
+    let mut metrics = metrics.clone();
+    for (reason, failures) in [(Reason::Corrupt, 1.0), (Reason::Io, 2.0), (Reason::Internal, 2.0)] {
+        let failed = verified(VerificationState::Failed, Some(reason));
+        metrics.changed(Some(&running), Some(&failed));
+        // Something else has changed.
+        metrics.changed(Some(&failed), Some(&failed));
+        is("verify_failures_total", failures);
+    }
+    is("last_success_timestamp_seconds", 0.0);
+    metrics.changed(Some(&running), Some(&verified(VerificationState::Sound, None)));
+    is("last_success_timestamp_seconds", 1_767_225_660.0);
+    is("verify_failures_total", 2.0);
 }

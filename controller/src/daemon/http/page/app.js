@@ -15,6 +15,7 @@ const CHART = { width: 600, height: 120 };
 const ENDED_SHOWN = 10;
 const PHASES = ["queued", "preparing", "arming", "frozen", "copying", "draining", "committing"];
 const OUTCOMES = ["completed", "aborted", "failed"];
+const VERIFIED = { running: "being verified", sound: "sound", failed: "not sound" };
 
 // Units.
 
@@ -323,7 +324,10 @@ async function abort(follower) {
 }
 
 function outcome(operation) {
-  return [operation.state, operation.state === "completed" ? "good" : "bad"];
+  const { state, verification, removed_at: removed } = operation;
+  const words = [state, VERIFIED[verification?.state], removed && "removed"];
+  const isGood = state === "completed" && verification?.state !== "failed";
+  return [words.filter(Boolean).join(", "), isGood ? "good" : "bad"];
 }
 
 // What was seen of a virtual machine, and what would refuse a snapshot of it.
@@ -351,7 +355,7 @@ async function list() {
     condition(vm.seen),
     followers.get(idOf(vm.operation))?.state ?? "–",
     instant(vm.last_completed_at),
-    instant(vm.next_at),
+    vm.left_out ? [vm.left_out, "bad"] : instant(vm.next_at),
     vm.qmp,
   ]), "None is configured or was found.");
   const ended = operations.filter((operation) => OUTCOMES.includes(operation.state));
