@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use livesnap_tests::daemon::{Daemon, series};
-use livesnap_tests::qemu::{Load, Qemu};
+use livesnap_tests::qemu::Qemu;
 use livesnap_tests::restored::Restored;
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const BOOT: Duration = Duration::from_secs(120);
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
 fn boot() -> Qemu {
-    let mut qemu = Qemu::builder().load(Load { ring_mib: 16, ..Load::default() }).start().unwrap();
+    let mut qemu = Qemu::builder().start().unwrap();
     qemu.wait_ready(BOOT).unwrap();
     qemu.wait_heartbeat(BOOT, |beat| beat.laps >= 1).unwrap();
     qemu
@@ -27,7 +27,7 @@ fn boot() -> Qemu {
 /// Waits until the daemon's operations, the newest first, fulfil `wanted`, and returns them.
 fn wait_list(daemon: &Daemon, wanted: impl Fn(&[Value]) -> bool) -> Vec<Value> {
     let listed = poll_until("operations are as expected", LIMIT, || {
-        let page = daemon.get("/snapshot").unwrap().body;
+        let page = daemon.get("/snapshot?limit=500").unwrap().body;
         let operations = page["operations"].as_array().unwrap().clone();
         Ok(wanted(&operations).then_some(operations))
     });
@@ -139,8 +139,8 @@ fn two_good_ones_are_kept_whatever_becomes_of_others() {
     if !is_root_or_skip("a snapshot of another process").unwrap() {
         return;
     }
-    let mut qemu = boot();
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let mut qemu = boot();
     let snapshots = dir.path().join("snapshots/vm1");
     let begin = |more: &str| Daemon::serve(dir.path(), &[("vm1", &qemu)], more).unwrap();
     let end = |daemon: Daemon| assert!(daemon.end(Signal::TERM).unwrap().success());

@@ -287,13 +287,13 @@ impl Agenda {
         turns
     }
 
-    /// A turn is left out; returns when it is looked at again.
-    pub fn leave_out(&mut self, turn: &Turn, why: &str, now: SystemTime) -> SystemTime {
+    /// A turn is left out, and looked at again after a while; returns whether it was not for the same reason before.
+    pub fn leave_out(&mut self, turn: &Turn, why: &str, now: SystemTime) -> bool {
         let retry = self.get(&turn.schedule).map_or(RETRY_FIRST, |schedule| schedule.retry(1));
         let until = now + retry;
         let left_out = LeftOut { until, why: why.into() };
-        self.left_out.insert((turn.schedule.clone(), turn.vm.clone()), left_out);
-        until
+        let before = self.left_out.insert((turn.schedule.clone(), turn.vm.clone()), left_out);
+        before.is_none_or(|before| before.why != why)
     }
 
     /// A turn is taken.
@@ -478,7 +478,9 @@ mod tests {
         let next = |agenda: &mut Agenda, now| agenda.turns(clock(now), &vms, [].iter()).remove(0);
         let turn = next(&mut agenda, 7);
         assert_eq!(turn.at, clock(7));
-        assert_eq!(agenda.leave_out(&turn, "busy", clock(8)), clock(9));
+        assert!(agenda.leave_out(&turn, "gone", clock(7)));
+        assert!(agenda.leave_out(&turn, "busy", clock(8)));
+        assert!(!agenda.leave_out(&turn, "busy", clock(8)));
         assert_eq!(next(&mut agenda, 8).at, clock(9));
         assert_eq!(next(&mut agenda, 9).at, clock(9));
         assert_eq!(agenda.left_out()["vm1"], "busy");

@@ -87,6 +87,8 @@ pub enum SubmitError {
 enum LeftOut {
     #[error(transparent)]
     Unfit(#[from] Unfit),
+    #[error("the last one is still being verified: have them taken less often, or without verify")]
+    Unverified,
     #[error(transparent)]
     Rejected(#[from] SubmitError),
 }
@@ -609,8 +611,9 @@ impl Supervisor {
                 Ok(()) => self.agenda.taken(&turn),
                 Err(why) => {
                     let why = why.to_string();
-                    let again = operation::at(self.agenda.leave_out(&turn, &why, now));
-                    tracing::warn!(schedule, vm, why, again, "a turn is left out");
+                    if self.agenda.leave_out(&turn, &why, now) {
+                        tracing::warn!(schedule, vm, why, "a turn is left out");
+                    }
                 }
             }
         }
@@ -650,6 +653,11 @@ impl Supervisor {
         let seen = self.vms.get(&turn.vm).ok_or_else(unknown)?.seen;
         if let Some(unfit) = seen.and_then(|seen| seen.unfit(schedule.policy.no_disks)) {
             return Err(unfit.into());
+        }
+        // Or those that nobody has read yet would become ever more, and none is removed for them.
+        let series = Series { schedule: turn.schedule.clone(), vm: turn.vm.clone() };
+        if self.book.kept(&series).any(|known| !known.is_settled()) {
+            return Err(LeftOut::Unverified);
         }
         let id = new_id(&self.ids);
         let place = Place::new(&self.config.destinations, None, &turn.vm, &id);
