@@ -129,7 +129,7 @@ pub const ALERTS: &[Alert] = &[
             "On the dashboard \"live snapshot\", look at \"Why was it slowed down, or given up?\" at the time of the red mark.",
         ],
         remedy: &[
-            "`buffer_forecast`, `cpu_floor`, `deadline`: the destination is slower than the guest writes. Take the snapshot at a quieter time, give a larger buffer, a faster destination, or allow more throttling.",
+            "`buffer_forecast`, `cpu_floor`, `deadline`: the destination is slower than the guest writes. Take the snapshot at a quieter time, give a larger buffer, a faster destination, or allow more throttling; `livesnap ask plan VM --buffer 2GiB --min-cpu 30%` forecasts whether that would do.",
             "`stall_limit`: the host has no processor or no memory to spare, or the limit is tighter than the host can keep.",
             "`io`, `no_space`: the destination's disk or file system: `df -h` and the kernel's log, `dmesg`.",
             "`vmm_unreachable`, `no_process`, `vmm_died`: the virtual machine itself; `livesnap doctor --qmp SOCKET` tells what is to be seen of it.",
@@ -173,12 +173,12 @@ pub const ALERTS: &[Alert] = &[
         first_look: &[
             "Is a snapshot running or waiting? Dashboard \"fleet\", \"Now\".",
             "Did the last ones fail? Dashboard \"fleet\", \"Why there is no snapshot\".",
-            "Were none begun? `journalctl -u livesnap | grep 'turn is left out'` has each turn that was left out, and why; `curl --unix-socket /run/livesnap/livesnap.sock http://localhost/vms` has when the next is due (`next_at`), and what would refuse it.",
+            "Were none begun? `journalctl -u livesnap | grep 'turn is left out'` has each turn that was left out, and why; `livesnap ask vms` what would refuse one, and `livesnap ask --json vms` when the next is due (`next_at`).",
         ],
         remedy: &[
             "Take one by hand: `livesnap ask snapshot VM`; its error, if any, is the cause.",
             "Snapshots that wait for each other: allow more at a time (`running_max`), or spread the schedules by more `jitter`.",
-            "A virtual machine that is gone: take its name from the schedule's `vms` in /etc/livesnap/livesnap.toml, and restart the daemon.",
+            "A virtual machine that is gone: take its name from the schedule's `vms` in /etc/livesnap/livesnap.toml, and `systemctl restart livesnap`, which aborts snapshots that run; guests run on.",
         ],
     },
     Alert {
