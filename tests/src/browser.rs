@@ -142,6 +142,13 @@ impl Browser {
         self.call("Input.insertText", json!({"text": text})).map(drop)
     }
 
+    /// Gives the window another size, in pixels.
+    pub fn resize(&mut self, width: u32, height: u32) -> Result<()> {
+        let size =
+            json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": false});
+        self.call("Emulation.setDeviceMetricsOverride", size).map(drop)
+    }
+
     /// Makes the page believe that its user prefers "light" or "dark".
     pub fn prefer(&mut self, scheme: &str) -> Result<()> {
         let features = json!([{"name": "prefers-color-scheme", "value": scheme}]);

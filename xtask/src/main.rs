@@ -9,7 +9,9 @@ mod apt;
 mod bpf;
 mod check;
 mod kernel;
+mod npm;
 mod package;
+mod pictures;
 mod schema;
 mod schemathesis;
 mod setup;
@@ -43,7 +45,8 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   sim     judge the control core on simulated guests and disks; --seeds N, --seed K
   dashboards  write dashboards/ and docs/runbooks from the crate livesnap-dashboards;
-          --types: hold the dashboards against Grafana's types, for which npm must be there
+          --types: hold the dashboards against Grafana's types;
+          --pictures: draw them for docs/dashboards; for both npm must be there
   help    this text
 
 Every command but sim, dashboards and help begins with setup, which does nothing on a machine that has all.
@@ -68,6 +71,7 @@ fn main() -> Result<()> {
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
         "sim" => simulate(&rest),
         "dashboards" if rest == ["--types"] => schema::check(),
+        "dashboards" if rest == ["--pictures"] => pictures::draw(),
         "dashboards" => step::run("dashboards", cargo(["run", "--package", "livesnap-dashboards"])),
         "help" | "--help" | "-h" => {
             eprint!("{HELP}");

@@ -1,12 +1,11 @@
 //! `cargo xtask dashboards --types`: the dashboards against Grafana's own types, by Grafana's package and TypeScript.
-//!
-//! Not a part of `cargo xtask test`: it needs npm, and packages from its registry.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::npm::{self, files};
 use crate::step::{program, run};
 
 const DASHBOARDS: &str = "dashboards/grafana";
@@ -16,11 +15,7 @@ const WORK: &str = "target/livesnap-schema";
 
 /// Makes a program of each dashboard, in which it is a value of the schema's type, and has the compiler check it.
 pub fn check() -> Result<()> {
-    fs::create_dir_all(WORK).with_context(|| format!("cannot make {WORK}"))?;
-    for path in files(TYPES)? {
-        let to = Path::new(WORK).join(path.file_name().context("no name")?);
-        fs::copy(&path, to).with_context(|| format!("cannot copy {}", path.display()))?;
-    }
+    npm::install(TYPES, WORK)?;
     let mut programs = Vec::new();
     for path in files(DASHBOARDS)? {
         let json =
@@ -36,12 +31,6 @@ pub fn check() -> Result<()> {
     }
     ensure!(!programs.is_empty(), "{DASHBOARDS} has no dashboards");
 
-    let mut install = program(
-        "npm",
-        ["install", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"],
-    );
-    install.current_dir(WORK);
-    run("install Grafana's types", install)?;
     let mut compile = program(
         "node_modules/.bin/tsc",
         ["--noEmit", "--strict", "--skipLibCheck", "--target", "es2022"],
@@ -49,10 +38,4 @@ pub fn check() -> Result<()> {
     compile.args(["--module", "nodenext", "--moduleResolution", "nodenext"]);
     compile.args(programs).current_dir(WORK);
     run("types of the dashboards", compile)
-}
-
-/// The files in a directory.
-fn files(directory: &str) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(directory).with_context(|| format!("cannot list {directory}"))?;
-    Ok(entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_file()).collect())
 }
