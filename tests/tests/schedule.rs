@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use livesnap_tests::daemon::{Daemon, series};
-use livesnap_tests::qemu::Qemu;
+use livesnap_tests::qemu::{Builder, Disk, Format, Load, Qemu};
 use livesnap_tests::restored::Restored;
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
 use rustix::process::Signal;
@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 const BOOT: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(300);
 
-fn boot() -> Qemu {
-    let mut qemu = Qemu::builder().start().unwrap();
+fn boot(builder: Builder) -> Qemu {
+    let mut qemu = builder.start().unwrap();
     qemu.wait_ready(BOOT).unwrap();
     qemu.wait_heartbeat(BOOT, |beat| beat.laps >= 1).unwrap();
     qemu
@@ -61,7 +61,7 @@ fn what_was_missed_is_taken_once_and_nothing_is_taken_twice() {
     if !is_root_or_skip("a snapshot of another process").unwrap() {
         return;
     }
-    let qemu = boot();
+    let qemu = boot(Qemu::builder());
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let daemon = Daemon::serve(dir.path(), &[("vm1", &qemu)], RARE).unwrap();
     let operations = wait_list(&daemon, |operations| are_completed(operations, 1));
@@ -140,7 +140,9 @@ fn two_good_ones_are_kept_whatever_becomes_of_others() {
         return;
     }
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let mut qemu = boot();
+    let disk = Disk::create(dir.path().join("disk"), Format::Qcow2, 32).unwrap();
+    let load = Load { disk: true, ..Load::default() };
+    let mut qemu = boot(Qemu::builder().disk(disk).load(load));
     let snapshots = dir.path().join("snapshots/vm1");
     let begin = |more: &str| Daemon::serve(dir.path(), &[("vm1", &qemu)], more).unwrap();
     let end = |daemon: Daemon| assert!(daemon.end(Signal::TERM).unwrap().success());
@@ -156,7 +158,7 @@ fn two_good_ones_are_kept_whatever_becomes_of_others() {
     }
     end(daemon);
 
-    // What that one was at is done by the next one: there are two, and both are sound.
+    // What that one was at is done by the next one: there are two, and both are sound, also in their disks.
     let daemon = begin(&resting);
     let is_kept = |known: &&Value| is_verified(known, "sound") && !is_removed(known);
     let operations = wait_list(&daemon, |operations| {

@@ -163,13 +163,16 @@ pub fn rewrite(
     let names: Vec<_> = given.iter().filter_map(Argument::name).collect();
     let is_kept = |argument: &&Argument| argument.name().is_none_or(|name| !names.contains(&name));
     let kept: Vec<_> = arguments.iter().filter(is_kept).cloned().collect();
+    let read_only_nodes = read_only_files(&arguments);
+    let named = |disk| (disk, name_of(machine, disk, &arguments, &read_only_nodes));
+    let disks: Vec<_> = disks.iter().map(named).collect();
     let mut rewriter = Rewriter {
         machine,
-        disks,
+        disks: &disks,
         overlay_dir,
         given,
-        read_only_nodes: read_only_files(&arguments),
-        private_nodes: private_files(machine, disks, &kept),
+        private_nodes: private_files(machine, &disks, &kept),
+        read_only_nodes,
         used_nodes: HashSet::new(),
         out: Rewritten { command: vec![program.clone()], overlays: vec![], changes: vec![] },
     };
@@ -317,18 +320,69 @@ fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, String)>) {
     }
 }
 
-/// The manifest's disk whose image is `filename`.
+/// A disk of the manifest, and the file by which the command line names it.
+type NamedDisk<'a> = (&'a Disk, PathBuf);
+
+/// The disk that the command line names `filename`.
 fn disk_of<'a>(
     machine: &MachineDescription,
-    disks: &'a [Disk],
+    disks: &[NamedDisk<'a>],
     filename: &str,
 ) -> Option<&'a Disk> {
-    let filename = filename.strip_prefix("file:").unwrap_or(filename);
-    let absolute = |path: &Path| match &machine.working_dir {
+    let wanted = file_path(machine, filename);
+    disks.iter().find(|(_, name)| *name == wanted).map(|(disk, _)| *disk)
+}
+
+/// A file of the command line, absolute.
+fn file_path(machine: &MachineDescription, filename: &str) -> PathBuf {
+    absolute(machine, Path::new(filename.strip_prefix("file:").unwrap_or(filename)))
+}
+
+fn absolute(machine: &MachineDescription, path: &Path) -> PathBuf {
+    match &machine.working_dir {
         Some(dir) => dir.join(path),
         None => path.to_owned(),
+    }
+}
+
+/// The file by which the command line names a disk: its image, or the nearest one below that is named as a disk to write to.
+/// Earlier snapshots of the same QEMU have put overlays on that.
+fn name_of(
+    machine: &MachineDescription,
+    disk: &Disk,
+    arguments: &[Argument],
+    read_only_nodes: &HashSet<String>,
+) -> PathBuf {
+    let written: Vec<_> = arguments
+        .iter()
+        .filter_map(|argument| written_file(argument, read_only_nodes))
+        .map(|filename| file_path(machine, &filename))
+        .collect();
+    let below = disk.backing_chain.iter().map(|path| absolute(machine, path));
+    let image = absolute(machine, &disk.image);
+    let mut files = std::iter::once(image.clone()).chain(below);
+    files.find(|path| written.contains(path)).unwrap_or(image)
+}
+
+/// The file that an argument gives to a disk to write to, if it does.
+fn written_file(argument: &Argument, read_only_nodes: &HashSet<String>) -> Option<String> {
+    let option = argument.option.as_str();
+    if IMAGES.contains(&option) {
+        return argument.value.clone();
+    }
+    let keys = Keys::parse(argument.value());
+    let is_below_read_only =
+        || keys.get("node-name").is_some_and(|name| read_only_nodes.contains(name));
+    let is_read_only = keys.is_on("readonly")
+        || keys.is_on("read-only")
+        || keys.get("media") == Some("cdrom")
+        || is_below_read_only();
+    let key = match option {
+        "drive" if keys.get("file").is_some() => Some("file"),
+        "drive" | "blockdev" => filename_key(&keys),
+        _ => None,
     };
-    disks.iter().find(|disk| absolute(&disk.image) == absolute(Path::new(filename)))
+    keys.get(key.filter(|_| !is_read_only)?).map(str::to_owned)
 }
 
 /// Key of `-blockdev` or `-drive` that holds a file's name.
@@ -349,7 +403,7 @@ fn read_only_files(arguments: &[Argument]) -> HashSet<String> {
 /// File nodes that get an overlay; the node that stands on one must become qcow2.
 fn private_files(
     machine: &MachineDescription,
-    disks: &[Disk],
+    disks: &[NamedDisk<'_>],
     arguments: &[Argument],
 ) -> HashSet<String> {
     let blockdevs = arguments.iter().filter(|argument| argument.option == "blockdev");
@@ -364,7 +418,7 @@ fn private_files(
 
 struct Rewriter<'a> {
     machine: &'a MachineDescription,
-    disks: &'a [Disk],
+    disks: &'a [NamedDisk<'a>],
     overlay_dir: &'a Path,
     /// What the caller gives and has not taken the place of a recorded argument.
     given: Vec<Argument>,
@@ -446,7 +500,7 @@ impl Rewriter<'_> {
         {
             self.push("display", "none");
         }
-        for disk in self.disks {
+        for (disk, _) in self.disks {
             if !self.out.overlays.iter().any(|overlay| overlay.path == self.overlay_path(disk)) {
                 self.change(format!(
                     "disk {} ({}): not on the command line, so it must be given behind --",
@@ -593,10 +647,7 @@ impl Rewriter<'_> {
     fn overlay(&mut self, filename: &str) -> Option<String> {
         let disk = disk_of(self.machine, self.disks, filename)?;
         let path = self.overlay_path(disk);
-        let image = match &self.machine.working_dir {
-            Some(dir) => dir.join(&disk.image),
-            None => disk.image.clone(),
-        };
+        let image = absolute(self.machine, &disk.image);
         let text = path.display().to_string();
         let overlay = Overlay { path, image, image_format: disk.image_format.clone() };
         if !self.out.overlays.contains(&overlay) {
@@ -607,7 +658,7 @@ impl Rewriter<'_> {
 
     /// Numbered, for names of devices are no file names.
     fn overlay_path(&self, disk: &Disk) -> PathBuf {
-        let number = self.disks.iter().position(|other| other == disk).unwrap_or_default();
+        let number = self.disks.iter().position(|(other, _)| *other == disk).unwrap_or_default();
         self.overlay_dir.join(format!("disk{number}.qcow2"))
     }
 
@@ -706,7 +757,7 @@ mod tests {
             node: "node0".into(),
             image: IMAGE.into(),
             image_format: "raw".into(),
-            backing_chain: vec![],
+            backing_chain: vec!["/images/below.raw".into(), "base.raw".into()],
             size_bytes: 1 << 20,
             overlay: "/images/overlay.qcow2".into(),
         };
@@ -804,8 +855,40 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_has_got_overlays_since_stands_for_the_uppermost() {
+        for (line, expected) in [
+            ("-hda /images/below.raw", "-hda /new/disk0.qcow2"),
+            ("-drive file=base.raw,format=raw", "-drive file=/new/disk0.qcow2,format=qcow2"),
+            (
+                "-blockdev driver=file,node-name=f,filename=base.raw -blockdev driver=raw,node-name=d,file=f",
+                "-blockdev node-name=f,filename=/new/disk0.qcow2,driver=file -blockdev node-name=d,file=f,driver=qcow2",
+            ),
+            // The nearest one that is written to; the others below it are only read, by this guest and others.
+            (
+                "-drive file=below.raw,format=raw -drive file=base.raw,readonly=on",
+                "-drive file=/new/disk0.qcow2,format=qcow2 -drive file=base.raw,readonly=on",
+            ),
+            (
+                "-drive file=disk,,1.raw,format=raw -drive file=base.raw,readonly=on",
+                "-drive file=/new/disk0.qcow2,format=qcow2 -drive file=base.raw,readonly=on",
+            ),
+        ] {
+            assert_eq!(rewritten(line), expected);
+            let overlays = try_rewrite(line, "").unwrap().overlays;
+            assert_eq!(overlays[0].image, Path::new(IMAGE), "{line}");
+            assert_eq!(overlays.len(), 1, "{line}");
+        }
+        // One that is named for nothing but reading is not the guest's disk.
+        let line = "-drive file=base.raw,readonly=on";
+        assert_eq!(rewritten(line), line);
+        // Two names for one disk are one too many.
+        let both = "-drive file=disk,,1.raw,format=raw -drive file=base.raw,format=raw";
+        assert!(matches!(try_rewrite(both, ""), Err(CommandLineError::Refused { .. })));
+    }
+
+    #[test]
     fn a_base_image_below_a_read_only_node_stays() {
-        let line = "-blockdev driver=file,node-name=b,filename=/base,auto-read-only=on \
+        let line = "-blockdev driver=file,node-name=b,filename=base.raw,auto-read-only=on \
                     -blockdev driver=qcow2,node-name=bf,file=b,read-only=on";
         let words = line.split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(rewritten(line), words);
