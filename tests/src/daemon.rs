@@ -338,6 +338,13 @@ fn children(pid: Pid) -> Result<Vec<Pid>> {
     Ok(children.split(' ').filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
 }
 
+/// The state of a process (proc_pid_stat(5)); nothing if there is none.
+fn state(pid: Pid) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    // A program's name may have blanks and brackets in it.
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
 /// The processes of snapshots.
 #[derive(Debug)]
 pub struct Family {
@@ -346,9 +353,23 @@ pub struct Family {
 }
 
 impl Family {
-    /// Has them all stand still; a guard would wake its owner.
-    pub fn stop(&self) -> Result<()> {
-        self.signal(Signal::STOP)
+    /// Has them all stand still; a guard would wake its owner. Returns whether there is a guard that does.
+    ///
+    /// When their daemon dies only guards still do: the kernel continues a process whose group nobody of its session could
+    /// continue any more (setpgid(2)), and guards have a session of their own.
+    pub fn stop(&self) -> Result<bool> {
+        self.signal(Signal::STOP)?;
+        let mut is_held = false;
+        for pid in &self.guards {
+            is_held |= poll_until("a guard stands still", LIMIT, || {
+                Ok(match state(*pid) {
+                    Some('T') => Some(true),
+                    None | Some('Z' | 'X') => Some(false),
+                    Some(_) => None,
+                })
+            })?;
+        }
+        Ok(is_held)
     }
 
     /// Has them go on.
