@@ -22,11 +22,15 @@ const COMPLETIONS: [(&str, &str); 3] =
     [("bash", "livesnap"), ("zsh", "_livesnap"), ("fish", "livesnap.fish")];
 
 /// What must work in a root with the package in it. `$1` is that root.
-const CHECKS: [&str; 5] = [
+const CHECKS: [&str; 7] = [
     r#"chroot "$1" livesnap --version"#,
     // Whether this host is fit is not the package's matter: 0 and 1 both mean that it has looked.
     r#"chroot "$1" livesnap doctor || [ $? = 1 ]"#,
     r#"chroot "$1" dpkg --verify livesnap"#,
+    // The unit starts what was installed; and the configuration is one that serves until it is told to end. systemd, which is
+    // not there, would make the directory.
+    r#"[ -x "$1$(sed -n 's/^ExecStart=\([^ ]*\).*/\1/p' "$1"/usr/lib/systemd/system/livesnap.service)" ]"#,
+    r#"mkdir -p "$1"/var/lib/livesnap/snapshots && chroot "$1" timeout --preserve-status 10 livesnap serve --config /etc/livesnap/livesnap.toml"#,
     r#"gzip --test "$1"/usr/share/man/man1/livesnap-snapshot.1.gz"#,
     r#"chroot "$1" apt-get purge --yes --quiet livesnap && ! [ -e "$1"/usr/bin/livesnap ]"#,
 ];
