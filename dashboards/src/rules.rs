@@ -335,15 +335,16 @@ pub const ALERTS: &[Alert] = &[
         severity: Severity::Critical,
         summary: "A snapshot of {{ $labels.vm }} is damaged",
         description: "A snapshot of {{ $labels.vm }} on {{ $labels.instance }} did not match its checksums or structure when it was verified.",
-        meaning: "A snapshot's files are not what was written.",
+        meaning: "A snapshot was read again, as its request or its schedule wants it (`verify`), and its files could not be read or are not what \
+                  was written.",
         impact: "That snapshot cannot be relied on. Others on the same disk may be damaged as well.",
         first_look: &[
-            "`livesnap verify DIR` names the first chunk that is wrong.",
+            "On the host, `livesnap ask list` says `not sound` beside it; `livesnap verify DIR`, with the directory that is listed, names the first page or file that is wrong.",
             "The kernel's log: errors of the disk or the file system. `smartctl -a` on the disk.",
         ],
         remedy: &[
-            "Keep the damaged snapshot apart; take a new one, to another disk.",
-            "Verify all others on that disk.",
+            "Keep the damaged snapshot apart (`mv`), and take a new one: `livesnap ask snapshot VM`, with `--out` on another disk if `destinations` has one.",
+            "Verify all others on that disk: `for dir in /var/lib/livesnap/snapshots/*/*/; do livesnap verify \"$dir\"; done`.",
         ],
     },
 ];
