@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -196,6 +197,38 @@ fn virtual_cpus_are_denied_the_cpu_time_that_was_commanded() {
     let told_ns = u128::from(told["control"]["withheld_ns"].as_u64().unwrap());
     let total = withheld.total();
     assert!(told_ns >= total.as_nanos() / 10 * 9, "{total:?} by cpu.stat, {told:#}");
+}
+
+/// `command`, started where no cgroup can be written: as in a container that has them read-only.
+fn with_cgroups_read_only(command: &Command) -> Command {
+    let script = "while read -r _ path kind _; do
+        case $kind in cgroup|cgroup2) mount -o remount,bind,ro \"$path\" || exit 1 ;; esac
+    done < /proc/self/mounts
+    exec \"$@\"";
+    let mut wrapped = Command::new("unshare");
+    wrapped.args(["--mount", "sh", "-c", script, "sh"]);
+    wrapped.arg(command.get_program()).args(command.get_args());
+    wrapped
+}
+
+#[test]
+fn where_no_cgroup_can_be_written_that_is_told_and_the_snapshot_goes_on_without() {
+    let Some(_turn) = turn() else { return };
+    let mut qemu = boot(&Qemu::builder());
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state_dir = dir.path().join("state");
+    let out = dir.path().join("snapshot");
+    let arguments = ["--fixed-cpu=30%", "--state-dir", state_dir.to_str().unwrap()];
+    let command = snapshot_command(&qemu, &out, &arguments).unwrap();
+    let ended = Running::start(with_cgroups_read_only(&command)).unwrap().wait().unwrap();
+    let told = ended.told().unwrap();
+    assert_eq!(told["outcome"], "completed", "{told:#}\n{}", ended.log);
+    let problem = told["control"]["problem"].as_str().unwrap_or_default();
+    assert!(problem.starts_with("cannot throttle the virtual CPUs: "), "{told:#}");
+    assert!(problem.contains("/sys/fs/cgroup/") && problem.contains("Read-only"), "{problem}");
+    assert_eq!(told["control"]["throttled_ns"], 0, "{told:#}");
+    check_files(&out.join("ram.mapped-ram"), None).unwrap();
+    wait_given_back(&mut qemu, &state_dir);
 }
 
 /// A guest that overwrites more memory than the smallest buffer holds, without rest.

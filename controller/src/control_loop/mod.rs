@@ -418,3 +418,17 @@ fn host() -> Option<Host> {
 const fn count(number: usize) -> f64 {
     number as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::in_brief;
+
+    #[test]
+    fn the_progress_bar_has_the_share_in_force_and_the_forecast() {
+        assert_eq!(in_brief(1.0, None), "  guest CPU 100 %");
+        let peak = f64::from(48 << 20);
+        let told = "  guest CPU 30 %  forecast 48.0 MiB of buffer";
+        assert_eq!(in_brief(0.3, Some((peak, None))), told);
+        assert_eq!(in_brief(0.3, Some((peak, Some(12.3)))), format!("{told}, 12 s"));
+    }
+}
