@@ -53,6 +53,8 @@ const USEFUL_RATIO: f64 = 0.3;
 const HELD_UP_RATIO: f64 = 0.65;
 /// Whoever waits for room touches as much as the disk takes, noise aside; at least this share of it.
 const WAITING_RATIO: f64 = 0.5;
+/// Room that one who waits may leave unused for a moment: a disk takes extents of 2 MiB, so many a moment has nothing of either.
+const UNUSED_BYTES: f64 = (4_u64 << 20) as f64;
 /// Share of the buffer from which on it is as good as full: soon the engine captures page by page.
 const FULL_RATIO: f64 = 0.88;
 /// A regime is taken to last for so many times its age, at least for [`REGIME_S_MIN`].
@@ -181,6 +183,7 @@ pub struct Controller {
     stalled_s: f64,
     late_s: f64,
     kept: Kept,
+    unused: Unused,
     stalls: Stalls,
     /// Upper bound on the CPU share that fault stalls have brought about.
     stall_ratio: f64,
@@ -214,6 +217,7 @@ impl Controller {
             stalled_s: 0.0,
             late_s: 0.0,
             kept: Kept::new(),
+            unused: Unused::default(),
             stalls: Stalls::default(),
             stall_ratio: 1.0,
             touched_bytes: vec![0; vcpus],
@@ -478,14 +482,12 @@ impl Controller {
         let now = &seen.now;
         let in_force = self.command.cpu_ratio;
         let alone = self.model.touch_rate_at(number(now.saved_bytes));
+        self.unused.see(seen);
         let kept = match now.cpu_ratio {
             Some(measured) => measured,
             // Of a guest that is held up is left what it touches, out of what it would. If it touches much less than the
             // disk takes, then it has room, and no wish to write.
-            None if is_held_up(now)
-                && seen.touched_bytes > seen.drained_bytes * WAITING_RATIO
-                && alone > 0.0 =>
-            {
+            None if is_held_up(now) && self.unused.is_waiting() && alone > 0.0 => {
                 (seen.touched_bytes / seen.elapsed_s / alone).min(in_force)
             }
             None => in_force,
@@ -509,6 +511,22 @@ impl Controller {
             drain_rate: fit.drain_rate,
             evidence_s,
         }
+    }
+}
+
+/// How far a guest has fallen behind one that waits for room, in bytes: at most twice [`UNUSED_BYTES`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Unused(f64);
+
+impl Unused {
+    fn see(&mut self, seen: &Seen) {
+        let unused = self.0 + seen.drained_bytes * WAITING_RATIO - seen.touched_bytes;
+        self.0 = unused.clamp(0.0, 2.0 * UNUSED_BYTES);
+    }
+
+    /// Whether it may still be one that waits: who does not use the room that there is has no wish to write.
+    fn is_waiting(&self) -> bool {
+        self.0 < UNUSED_BYTES
     }
 }
 

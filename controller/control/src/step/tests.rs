@@ -426,6 +426,21 @@ fn who_has_room_and_writes_nothing_is_not_held_up() {
 }
 
 #[test]
+fn who_waits_for_a_disk_that_takes_an_extent_a_second_gets_too_little() {
+    let mut plant = Plant::new(policy(), 600e6, 400e6);
+    plant.ticks(40);
+    (plant.touch_rate, plant.drain_rate) = (0.0, 0.0);
+    plant.sample.buffer_used_bytes = plant.sample.buffer_limit_bytes;
+    let is_given_up = |tick: u64| {
+        let extent = if tick.is_multiple_of(20) { 2 << 20 } else { 0 };
+        plant.sample.touched_bytes += extent;
+        plant.sample.drained_bytes += extent;
+        plant.tick().abort.is_some_and(|abort| abort.reason == AbortReason::MinCpu)
+    };
+    assert!((0..60).any(is_given_up));
+}
+
+#[test]
 fn the_bound_never_goes_below_what_is_in_use() {
     let mut plant = Plant::new(policy(), 2e9, 400e6);
     plant.ticks(20);
