@@ -450,7 +450,7 @@ fn what_cannot_be_is_refused_by_name() {
         "a\0",
     ] {
         let refused = daemon.post("/snapshot", &[], &to(destination)).unwrap();
-        let expected = (400, &json!("bad_destination"));
+        let expected = (422, &json!("bad_destination"));
         assert_eq!(
             (refused.status, &refused.body["reason"]),
             expected,

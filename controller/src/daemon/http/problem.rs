@@ -48,7 +48,7 @@ words! {
     /// The body, a header or a parameter is not usable.
     BadArgument = "bad_argument", BAD_REQUEST;
     /// The destination is not below a configured root, or a link is in its way.
-    BadDestination = "bad_destination", BAD_REQUEST;
+    BadDestination = "bad_destination", UNPROCESSABLE_ENTITY;
     /// There is no virtual machine of that name.
     UnknownVm = "unknown_vm", NOT_FOUND;
     /// There is no operation of that id, or it was forgotten.
