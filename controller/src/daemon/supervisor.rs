@@ -722,10 +722,11 @@ impl Supervisor {
 /// Whether a restart must know of it: that it was asked for, that it runs, how it ended, its
 /// limits, and what has become of its snapshot. How far it is need not survive.
 fn is_worth_keeping(before: Option<&Operation>, now: &Operation) -> bool {
-    let stage = |known: &Operation| {
-        let Operation { state, policy, verification, removed_at, .. } = known.clone();
+    // Only compared: this is asked with each progress.
+    fn stage(known: &Operation) -> impl PartialEq {
+        let Operation { state, policy, verification, removed_at, .. } = known;
         (state.is_running(), state.is_final(), policy, verification, removed_at)
-    };
+    }
     before.is_none_or(|before| stage(before) != stage(now))
 }
 
