@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use crate::daemon::book::{Rejected, Unforgettable};
 use crate::daemon::forecast::ForecastError;
+use crate::daemon::policy::PolicyError;
 use crate::daemon::supervisor::{ChangeError, Gone, SubmitError};
 
 /// When it is worth asking again, in seconds.
@@ -181,6 +182,12 @@ impl From<SubmitError> for Problem {
             SubmitError::Gone(_) => (Word::Closing, None),
         };
         Self { operation, ..Self::new(word, error.to_string()) }
+    }
+}
+
+impl From<PolicyError> for Problem {
+    fn from(error: PolicyError) -> Self {
+        Self::new(Word::BadArgument, error.to_string())
     }
 }
 

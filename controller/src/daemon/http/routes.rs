@@ -54,7 +54,7 @@ pub async fn submit(
     headers: HeaderMap,
     Body(request): Body<Request>,
 ) -> Result<Response, Problem> {
-    request.policy.check().map_err(|error| Problem::new(Word::BadArgument, error.to_string()))?;
+    request.policy.check()?;
     let key = idempotency_key(&headers)?;
     let mut operation = api.handle.submit(request, key).await?;
     let max = Duration::from_secs(api.config.http.wait_seconds_max);
@@ -99,7 +99,7 @@ pub async fn plan(
     Body(request): Body<Request>,
 ) -> Result<Json<Forecast>, Problem> {
     let Request { vm: name, destination, policy, .. } = request;
-    policy.check().map_err(|error| Problem::new(Word::BadArgument, error.to_string()))?;
+    policy.check()?;
     let (vm, place) = api.handle.find(&name, destination.as_deref(), PLANNED)?;
     let view = api.handle.view().borrow().clone();
     let mut operations = view.operations.values();
@@ -245,8 +245,7 @@ pub async fn change_policy(
     Id(id): Id,
     Body(change): Body<Change>,
 ) -> Result<Response, Problem> {
-    let check = Policy::default().changed(&change).check();
-    check.map_err(|error| Problem::new(Word::BadArgument, error.to_string()))?;
+    Policy::default().changed(&change).check()?;
     api.handle.change(&id, change).await?.map_err(|error| Problem::unchangeable(&error, &id))?;
     let view = api.handle.view().borrow().clone();
     let operation = view.operations.get(&id).ok_or_else(|| Problem::unknown_operation(&id))?;
