@@ -113,6 +113,19 @@ impl MappedRam {
     }
 }
 
+/// Alters a byte of the last page that is in the file, which is the guest's and not of what QEMU keeps beside RAM.
+pub fn damage(path: &Path) -> Result<()> {
+    let ram = MappedRam::open(path)?;
+    let block = ram.blocks.iter().max_by_key(|block| block.used_bytes).context("no RAM block")?;
+    let page = (0..block.pages()).rev().find(|page| block.is_present(*page));
+    let at = block.pages_offset + page.context("no page is in the file")? * PAGE_BYTES as u64;
+    let file = File::options().read(true).write(true).open(path);
+    let file = file.with_context(|| format!("cannot open {} to write", path.display()))?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).context("cannot read a page")?;
+    file.write_all_at(&[!byte[0]], at).context("cannot write a page")
+}
+
 fn read_blocks(cursor: &mut Cursor<'_>) -> Result<Vec<Block>> {
     cursor.expect(&[0x01], "start of a section")?;
     let section = cursor.be32()?;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use livesnap_dashboards::{Dashboard, boards, queries};
 use livesnap_tests::daemon::Daemon;
 use livesnap_tests::livesnap::others_snapshot;
+use livesnap_tests::mapped_ram::damage;
 use livesnap_tests::monitoring::{Monitoring, Receiver, now};
 use livesnap_tests::qemu::{Load, Qemu};
 use livesnap_tests::{is_root_or_skip, poll_until};
@@ -256,6 +257,22 @@ fn dashboards_and_alerts_tell_what_happens() {
 
     keep_answers(&["livesnap-fleet", "livesnap-host"], &monitoring, &target.to_string(), began);
 
+    // What was written well is found damaged, by a daemon that reads what the one before it was to read.
+    assert!(daemon.end(Signal::TERM).unwrap().success());
+    Daemon::leave_unverified(dir.path(), again["id"].as_str().unwrap()).unwrap();
+    let snapshot = Path::new(again["destination"].as_str().unwrap());
+    damage(&snapshot.join("ram.mapped-ram")).unwrap();
+    let at_the_same_address = CONFIGURATION.replace("127.0.0.1:0", &target.to_string());
+    let daemon = Daemon::serve(dir.path(), &[("vm1", &guest)], &at_the_same_address).unwrap();
+    let (path, alert) = told(&receiver, "VerifyFailed", VM1, "firing");
+    assert_eq!(path, "/page");
+    let labels = &alert["labels"];
+    for (name, expected) in
+        [("severity", "critical"), ("job", "livesnap"), ("instance", &target.to_string())]
+    {
+        assert_eq!(labels[name], expected, "{alert:#}");
+    }
+
     // Somebody else's snapshot is, for the daemon, what one that left something would be.
     let other = others_snapshot(&guest, &dir.path().join("other")).unwrap();
     let leaks = ["ThrottleLeaked", "ProtectionLeaked"];
@@ -294,6 +311,11 @@ fn dashboards_and_alerts_tell_what_happens() {
     paged_again(&receiver, "AbortBudgetBurn", VM1, 2);
     let tickets = messages(&receiver, "SnapshotAborted", VM1, "firing");
     assert!(tickets.iter().all(|(_, alert)| alert["labels"]["reason"] != reason), "{tickets:#?}");
+
+    // The snapshot is as damaged as before, but was found so long ago.
+    told(&receiver, "VerifyFailed", VM1, "resolved");
+    let failures = monitoring.query("livesnap_verify_failures_total{vm=\"vm1\"} == 1").unwrap();
+    assert_eq!(failures.len(), 1, "{failures:?}");
 
     // A daemon that is gone is a page, and the only one of its host.
     daemon.end(Signal::TERM).unwrap();

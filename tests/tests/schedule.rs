@@ -2,12 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, symlink};
+use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use livesnap_tests::daemon::{Daemon, series};
+use livesnap_tests::mapped_ram::damage;
 use livesnap_tests::qemu::{Builder, Disk, Format, Load, Qemu};
 use livesnap_tests::restored::Restored;
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
@@ -187,11 +188,8 @@ fn two_good_ones_are_kept_whatever_becomes_of_others() {
     end(daemon);
 
     // The newer one is damaged before it has been read, as it would be if the daemon had been ended earlier.
-    let path = dir.path().join(format!("state/operations/{}.json", newer["id"].as_str().unwrap()));
-    let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    record["operation"]["verification"] = json!({"state": "running"});
-    fs::write(&path, record.to_string()).unwrap();
-    damage(&destination(newer).join("ram.mapped-ram"));
+    Daemon::leave_unverified(dir.path(), newer["id"].as_str().unwrap()).unwrap();
+    damage(&destination(newer).join("ram.mapped-ram")).unwrap();
     let daemon = begin(&resting);
     let find = |operations: &[Value]| {
         operations.iter().find(|known| known["id"] == newer["id"]).unwrap().clone()
@@ -229,14 +227,4 @@ fn two_good_ones_are_kept_whatever_becomes_of_others() {
     assert!(destination(older).is_symlink() && !destination(newer).exists());
     assert_eq!(names(&elsewhere), before);
     assert_eq!(qemu.wait_laps(1, BOOT).unwrap().inconsistent, 0);
-}
-
-/// Alters a byte of a page that is stored, near the end of the file, where the guest's last pages are.
-fn damage(ram: &Path) {
-    let file = File::options().read(true).write(true).open(ram).unwrap();
-    let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
-    let text = fs::read(ram).unwrap();
-    // Behind the middle there are pages only, and the last mebibyte has what is not RAM.
-    let stored = (len / 2..len - (1 << 20)).find(|at| text[*at] != 0).unwrap();
-    file.write_all_at(&[!text[stored]], stored as u64).unwrap();
 }
