@@ -737,3 +737,56 @@ pub fn repair(runtime_dir: &Path) {
         tracing::warn!(repaired);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+    use super::*;
+    use crate::daemon::operation::VerificationState;
+
+    /// A supervisor that has yet to run, of a machine whose schedule is due and had operation 1.
+    fn supervisor(dir: &Path, last: Operation) -> (Supervisor, Handle) {
+        let text = "vm = [{ name = 'vm1', qmp = '/nobody' }]
+            schedule = [{ name = 'often', vms = ['vm1'], every = '1s', jitter = '0s', verify = true }]";
+        let config: Config = toml::from_str(text).unwrap();
+        let config = Config { destinations: vec![dir.into()], ..config };
+        let earlier =
+            Record { operation: last, request: Request::default(), idempotency_key: None };
+        let (vms, journal) = (Vms::new(&config), Journal::open(dir).unwrap());
+        Supervisor::new(Arc::new(config), vms, journal, vec![earlier], Vec::new())
+    }
+
+    #[test]
+    fn a_turn_is_left_out_while_the_last_snapshot_is_being_verified() {
+        let dir = tempfile::tempdir().unwrap();
+        let last = Operation {
+            id: "1".into(),
+            vm: "vm1".into(),
+            schedule: Some("often".into()),
+            state: State::Completed,
+            started_at: Some("2020-01-01T00:00:00.000Z".into()),
+            verification: Some(Verification::begun()),
+            ..Operation::default()
+        };
+        let (mut supervisor, handle) = supervisor(dir.path(), last);
+        let look = async |supervisor: &mut Supervisor| {
+            supervisor.keep_schedules().await;
+            let view = handle.view().borrow().clone();
+            (view.operations.len(), view.left_out.get("vm1").cloned())
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            supervisor.publish().await;
+            let (operations, left_out) = look(&mut supervisor).await;
+            assert_eq!((operations, left_out), (1, Some(LeftOut::Unverified.to_string())));
+
+            // It is looked at again after a while; then there is nothing to wait for.
+            let turn = supervisor.turns(SystemTime::now()).remove(0);
+            let sound = Verification { state: VerificationState::Sound, ..Verification::begun() };
+            supervisor.note_done(Done::Verified("1".into(), sound));
+            supervisor.agenda.taken(&turn);
+            assert_eq!(look(&mut supervisor).await, (2, None));
+        });
+    }
+}
