@@ -354,7 +354,7 @@ fn state(pid: Pid) -> Option<char> {
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
-/// The processes of snapshots.
+/// The processes of snapshots. When dropped they go on, so that a test that fails leaves none that stands still.
 #[derive(Debug)]
 pub struct Family {
     processes: Vec<Pid>,
@@ -394,6 +394,13 @@ impl Family {
     fn signal(&self, signal: Signal) -> Result<()> {
         signal_all(&self.guards, signal)?;
         signal_all(&self.processes, signal)
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        // It fails only where they could not be stopped either.
+        let _ = self.go_on();
     }
 }
 
@@ -439,5 +446,25 @@ impl Drop for Daemon {
         // Both fail only if it has ended already, which is what is wanted.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whom_a_test_has_stopped_goes_on_when_it_fails() -> Result<()> {
+        let mut child = Command::new("sleep").arg("60").spawn()?;
+        let pid = Pid::from_child(&child);
+        let family = Family { processes: Vec::new(), guards: vec![pid] };
+        let is_held = family.stop();
+        drop(family);
+        let goes_on =
+            poll_until("it goes on", LIMIT, || Ok((state(pid) != Some('T')).then_some(())));
+        child.kill()?;
+        child.wait()?;
+        assert!(is_held?);
+        goes_on
     }
 }
