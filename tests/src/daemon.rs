@@ -391,6 +391,11 @@ impl Family {
         signal_all(&self.processes, Signal::KILL)
     }
 
+    /// Kills the guards.
+    pub fn kill_guards(&self) -> Result<()> {
+        signal_all(&self.guards, Signal::KILL)
+    }
+
     fn signal(&self, signal: Signal) -> Result<()> {
         signal_all(&self.guards, signal)?;
         signal_all(&self.processes, signal)

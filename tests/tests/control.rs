@@ -12,11 +12,13 @@ use std::time::{Duration, Instant};
 
 use livesnap_tests::check::check_files;
 use livesnap_tests::cpu_time::{Withheld, busy, ran};
+use livesnap_tests::daemon::Daemon;
 use livesnap_tests::livesnap::{Running, snapshot, snapshot_command};
 use livesnap_tests::qemu::{Builder, Load, Qemu};
 use livesnap_tests::slow_disk::SlowDisk;
 use livesnap_tests::{is_root_or_skip, livesnap, poll_until};
 use rustix::process::Signal;
+use serde_json::json;
 
 const BOOT: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(60);
@@ -52,14 +54,17 @@ fn is_ours(cgroup: &str) -> bool {
     cgroup.contains("/livesnap-")
 }
 
+/// Whether all these threads are in groups of their own.
+fn are_throttled(qemu: &Qemu, vcpus: &[i64]) -> bool {
+    let cgroups = cgroups(qemu);
+    vcpus.iter().all(|thread| is_ours(&cgroups[thread]))
+}
+
 /// Waits until the virtual CPUs, and they alone, are in groups of their own.
 fn wait_throttled(qemu: &mut Qemu) {
     let vcpus = qemu.vcpu_threads().unwrap();
-    poll_until("virtual CPUs are throttled", LIMIT, || {
-        let cgroups = cgroups(qemu);
-        Ok(vcpus.iter().all(|thread| is_ours(&cgroups[thread])).then_some(()))
-    })
-    .unwrap();
+    let throttled = || Ok(are_throttled(qemu, &vcpus).then_some(()));
+    poll_until("virtual CPUs are throttled", LIMIT, throttled).unwrap();
     for (thread, cgroup) in cgroups(qemu) {
         assert_eq!(is_ours(&cgroup), vcpus.contains(&thread), "{thread}: {cgroup}");
     }
@@ -69,8 +74,10 @@ fn wait_throttled(qemu: &mut Qemu) {
 fn wait_given_back(qemu: &mut Qemu, state_dir: &Path) {
     poll_until("all is given back", LIMIT, || {
         let is_left = cgroups(qemu).values().any(|cgroup| is_ours(cgroup));
-        let journals = fs::read_dir(state_dir).map_or(0, Iterator::count);
-        Ok((!is_left && journals == 0).then_some(()))
+        // A daemon has directories there too.
+        let is_journal = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().path().is_file();
+        let has_journal = fs::read_dir(state_dir).is_ok_and(|mut all| all.any(is_journal));
+        Ok((!is_left && !has_journal).then_some(()))
     })
     .unwrap();
     assert_eq!(qemu.status().unwrap(), "running");
@@ -147,6 +154,72 @@ fn cpu_time_is_given_back_however_a_snapshot_ends() {
     assert_eq!(told["control"]["throttled_ns"], 0, "{told:#}");
     let vcpus = qemu.vcpu_threads().unwrap();
     assert!(vcpus.iter().all(|thread| cgroups(&qemu)[thread] == before[thread]));
+}
+
+/// What is killed with a daemon; who is left puts back what there is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Killed {
+    /// Its snapshot's process does.
+    Daemon,
+    /// That one's guard does.
+    AndProcess,
+    /// The next daemon does.
+    AndGuard,
+}
+
+#[test]
+fn cpu_time_is_given_back_when_a_daemon_is_killed() {
+    let Some(_turn) = turn() else { return };
+    let mut qemu = busy_guest();
+    let vcpus = qemu.vcpu_threads().unwrap();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    Daemon::configure(dir.path(), &[("vm1", &qemu)], "").unwrap();
+    // It takes minutes.
+    let policy = json!({
+        "on_infeasible": "wait", "buffer_bytes": 64 << 20, "min_cpu_ratio": 0.1, "max_bandwidth_bytes_per_second": 1 << 20,
+    });
+    for killed in [Killed::Daemon, Killed::AndProcess, Killed::AndGuard] {
+        eprintln!("{killed:?}");
+        let daemon = Daemon::start(dir.path()).unwrap();
+        let request = json!({"vm": "vm1", "policy": policy});
+        let taken_up = daemon.post("/snapshot", &[], &request).unwrap();
+        assert_eq!(taken_up.status, 202, "{taken_up:?}");
+        let path = format!("/snapshot/{}", taken_up.body["id"].as_str().unwrap());
+        daemon.wait_state(&path, "copying").unwrap();
+        let family = daemon.snapshots().unwrap();
+        // The controller may let go at any moment: it is held up in one in which it does not.
+        let held = poll_until("virtual CPUs are throttled", LIMIT, || {
+            family.stop()?;
+            if are_throttled(&qemu, &vcpus) {
+                return Ok(Some(()));
+            }
+            family.go_on()?;
+            Ok(None)
+        });
+        held.unwrap_or_else(|error| panic!("{error:#}: {:#}", daemon.get(&path).unwrap().body));
+        // One that saw its snapshot die would put it right itself.
+        daemon.signal(Signal::STOP).unwrap();
+        if killed != Killed::Daemon {
+            family.kill().unwrap();
+        }
+        if killed == Killed::AndGuard {
+            family.kill_guards().unwrap();
+        }
+        assert!(are_throttled(&qemu, &vcpus), "somebody has given it back before");
+        if killed == Killed::Daemon {
+            // One that stood still would be ended by the kernel in another way (setpgid(2)).
+            family.go_on().unwrap();
+        }
+        daemon.end(Signal::KILL).unwrap();
+        family.go_on().unwrap();
+        let start = || Daemon::start(dir.path()).unwrap();
+        let next = (killed == Killed::AndGuard).then(start);
+        wait_given_back(&mut qemu, &dir.path().join("run"));
+        let next = next.unwrap_or_else(start);
+        let ended = next.wait_operation(&path, |now| now["ended_at"].is_string()).unwrap();
+        assert_eq!(ended["error"]["reason"], "daemon_restart", "{ended:#}");
+        assert!(next.end(Signal::TERM).unwrap().success());
+    }
 }
 
 /// Long enough that a virtual CPU uses up its quota many times, and how often it is looked at.
