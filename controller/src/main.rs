@@ -19,6 +19,7 @@ mod lines;
 mod measures;
 mod output;
 mod probes;
+mod process;
 mod progress;
 mod scheduling;
 mod units;

@@ -212,7 +212,8 @@ pub const ALERTS: &[Alert] = &[
         description: "{{ $value | humanize1024 }}B of the memory of {{ $labels.vm }} on {{ $labels.instance }} are under userfaultfd, and no snapshot of it runs.",
         meaning: "The kernel has guest memory registered with a userfaultfd, and the daemon runs no snapshot of it. Either another \
                   program does, or a process still holds a userfaultfd of a snapshot that is over.",
-        impact: "A write of the guest to such memory may wait for a handler that nobody runs: the guest may hang.",
+        impact: "A write of the guest to such memory may wait for a handler that nobody runs: the guest may hang, and QEMU with it. That \
+                 QEMU does not answer then keeps nobody from seeing what is protected.",
         first_look: &[
             "Is somebody taking a snapshot by hand? `pgrep -af 'snapshot .*--qmp'` on the host. That one lifts it at its end.",
             "Does QEMU itself use one, for a migration after copying (postcopy) or `background-snapshot`?",

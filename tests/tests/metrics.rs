@@ -61,7 +61,8 @@ fn prometheus_is_told_of_snapshots_and_of_what_they_leave() {
 
     // Somebody else's snapshot is, for the daemon, what one that left something would be.
     let left = ["livesnap_protected_bytes{vm=\"vm1\"}", "livesnap_throttle_ratio{vm=\"vm1\"}"];
-    assert_eq!(left.map(value), [Some(0.0); 2]);
+    let is_none = || Ok((left.map(value) == [Some(0.0); 2]).then_some(()));
+    poll_until("a look finds nothing", LIMIT, is_none).unwrap();
     let mut other = others_snapshot(&qemu, &dir.path().join("other")).unwrap();
     other.reach("copying").unwrap();
     let shows = || {
@@ -70,10 +71,30 @@ fn prometheus_is_told_of_snapshots_and_of_what_they_leave() {
     };
     poll_until("what is protected and throttled shows", LIMIT, shows).unwrap();
     assert_eq!(value("livesnap_snapshots_in_progress{vm=\"vm1\"}"), Some(0.0));
+
+    // Also of a QEMU that does not answer: its own threads may wait for what was left protected.
+    let wait_for = |daemon: &Daemon, state: &str| {
+        let is_it =
+            || Ok((daemon.get("/vms")?.body["vms"][0]["seen"]["state"] == state).then_some(()));
+        poll_until(&format!("the machine is seen {state}"), LIMIT, is_it).unwrap();
+    };
+    qemu.signal(Signal::STOP).unwrap();
+    wait_for(&daemon, "unreachable");
+    assert!(shows().unwrap().is_some(), "{:?}", left.map(value));
+    // Who never had an answer does not know where to look, and does not say that there was nothing.
+    let stranger_dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let stranger =
+        Daemon::serve(stranger_dir.path(), &[("vm1", &qemu)], "look_seconds = 1").unwrap();
+    wait_for(&stranger, "unreachable");
+    let told = stranger.metrics().unwrap();
+    assert_eq!(left.map(|name| series(&told, name)), [None; 2]);
+    drop(stranger);
+    qemu.signal(Signal::CONT).unwrap();
+    wait_for(&daemon, "running");
+
     other.signal(Signal::TERM).unwrap();
     other.wait().unwrap();
-    let is_gone = || Ok((left.map(value) == [Some(0.0); 2]).then_some(()));
-    poll_until("nothing is left", LIMIT, is_gone).unwrap();
+    poll_until("nothing is left", LIMIT, is_none).unwrap();
 
     // One of its own, which is counted as it says itself.
     let request = json!({"vm": "vm1", "policy": {"on_infeasible": "wait"}});

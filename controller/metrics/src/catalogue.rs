@@ -120,7 +120,7 @@ catalogue! {
     DRAIN_RATE: Gauge, BytesPerSecond, "drain_rate_bytes_per_second", [VM],
         "Rate at which the copy buffer is emptied, as the controller sees it.";
     PROTECTED: Gauge, Bytes, "protected_bytes", [VM],
-        "Guest memory under userfaultfd, as the kernel tells it. More than 0 when no snapshot runs means that it was left so.";
+        "Guest memory under userfaultfd, as the kernel tells it. More than 0 when no snapshot runs means that it was left so; no series if that cannot be measured.";
 
     // What it costs the guest.
     FAULT_STALL: Histogram(STALL), Seconds, "fault_stall_seconds", [VM],
@@ -128,7 +128,7 @@ catalogue! {
     FAULT_SERVICE: Histogram(STALL), Seconds, "fault_service_seconds", [VM],
         "The handler's part of it: from reading a fault's notice until the write could go on.";
     THROTTLE: Gauge, Ratio, "throttle_ratio", [VM],
-        "Share of their CPU time that is withheld from the virtual CPUs. More than 0 when no snapshot runs means that it was left so.";
+        "Share of their CPU time that is withheld from the virtual CPUs. More than 0 when no snapshot runs means that it was left so; no series if that cannot be measured.";
     THROTTLED: Counter, Seconds, "throttled_seconds_total", [VM],
         "CPU time withheld from the virtual CPUs.";
 

@@ -9,44 +9,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use procfs::process::Process;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{CgroupError, Group, Quota};
+use crate::process::{ProcessError, ProcessId};
 
 /// How long a guard waits for the end of a livesnap that has already closed its files.
 const END_LIMIT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// How often the removal of a group is tried whose last thread is just leaving, and how long between.
 const REMOVALS: u32 = 50;
 const REMOVAL_INTERVAL: Duration = Duration::from_millis(10);
-
-/// A process, or what is left of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessId {
-    pid: i32,
-    /// When it started, in clock ticks since the boot: numbers come again, but not with the same start.
-    started_ticks: u64,
-}
-
-impl ProcessId {
-    /// The process that has this number now.
-    pub fn of(pid: i32) -> Result<Self, JournalError> {
-        let stat = Process::new(pid).and_then(|process| process.stat());
-        let stat = stat.map_err(|error| JournalError::Process { pid, source: Box::new(error) })?;
-        Ok(Self { pid, started_ticks: stat.starttime })
-    }
-
-    /// Whether it still runs.
-    fn runs(self) -> bool {
-        let stat = Process::new(self.pid).and_then(|process| process.stat());
-        // Dead ones keep their number until their parent has asked for them.
-        stat.is_ok_and(|stat| {
-            stat.starttime == self.started_ticks && !matches!(stat.state, 'Z' | 'X')
-        })
-    }
-}
 
 /// Something that was changed, and what it was before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,13 +51,8 @@ pub enum Change {
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// A process could not be looked at.
-    #[error("cannot tell when process {pid} started: {source}")]
-    Process {
-        /// Its id.
-        pid: i32,
-        /// What procfs says.
-        source: Box<procfs::ProcError>,
-    },
+    #[error(transparent)]
+    Process(#[from] ProcessError),
     /// A file.
     #[error(
         "cannot {operation} {path:?}, where what has to be put back is kept: {source}: name another directory by --state-dir"

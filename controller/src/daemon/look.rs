@@ -1,12 +1,16 @@
 //! What there is to be seen of a virtual machine that nobody snapshots: what it is, what would refuse a snapshot of it, and
-//! what one may have left behind.
+//! what one may have left behind. That is seen in its process, also if it does not answer: a thread of QEMU may wait for
+//! memory that was left protected.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Pid;
 use serde::Serialize;
 use snapshot_core::Reason;
+use snapshot_core::mappings::{RamMapping, covering};
+use snapshot_core::ram::RamLayout;
 use snapshot_core::vmm::RunState;
 use snapshot_core::vmm::qemu::preflight::Survey;
 use snapshot_core::vmm::qemu::{QemuError, QemuOptions, survey};
@@ -14,6 +18,7 @@ use utoipa::ToSchema;
 
 use super::operation::{OperationError, timestamp};
 use crate::actuator;
+use crate::process::ProcessId;
 use crate::units::number;
 
 /// A machine that does not answer for so long is not waited for when it is only looked at.
@@ -35,12 +40,23 @@ pub struct Seen {
     /// What would refuse a snapshot, and what to do about it.
     pub refusals: Vec<Hindrance>,
     /// Guest memory under userfaultfd, in bytes. As no snapshot of the daemon's was running, it is another program's, or was
-    /// left behind.
-    pub protected_bytes: u64,
+    /// left behind. Null if it does not answer, and the daemon has not seen its process before.
+    pub protected_bytes: Option<u64>,
     /// Share of their CPU time that livesnap's quotas withhold from the virtual CPUs, on an average; the same holds.
-    pub throttle_ratio: f64,
+    pub throttle_ratio: Option<f64>,
     /// Why it could not be asked.
     pub error: Option<OperationError>,
+    /// Where to look when it does not answer.
+    #[serde(skip)]
+    pub(super) body: Option<Arc<Body>>,
+}
+
+/// The process of a virtual machine, as it was when that last answered.
+#[derive(Debug)]
+pub(super) struct Body {
+    process: ProcessId,
+    layout: RamLayout,
+    cpu_threads: Vec<Pid>,
 }
 
 /// A virtual machine's state.
@@ -117,39 +133,51 @@ impl Seen {
     }
 }
 
+impl Body {
+    /// Nothing if its process ended meanwhile.
+    fn of(survey: &Survey) -> Option<Self> {
+        let process = ProcessId::of(survey.pid.as_raw_pid()).ok()?;
+        let (layout, cpu_threads) = (survey.layout.clone(), survey.cpu_threads.clone());
+        Some(Self { process, layout, cpu_threads })
+    }
+
+    /// What is protected and withheld in it; nothing if it has ended, or its memory is another by now.
+    fn left(&self) -> Option<(u64, f64)> {
+        let pid = Pid::from_raw(self.process.pid)?;
+        let left = (
+            protected_bytes(&covering(pid, &self.layout).ok()?),
+            throttle_ratio(&self.cpu_threads),
+        );
+        // Asked last: if it runs now, its number was not another's just before.
+        self.process.runs().then_some(left)
+    }
+}
+
+fn protected_bytes(mappings: &[RamMapping]) -> u64 {
+    let protected = mappings.iter().filter(|mapping| mapping.has_userfaultfd);
+    protected.map(|mapping| mapping.len_bytes).sum()
+}
+
 /// Where there is no cpu controller, or a thread has just ended, nothing is withheld.
 fn throttle_ratio(threads: &[Pid]) -> f64 {
     let ratios = threads.iter().map(|thread| actuator::withheld_ratio(*thread).unwrap_or(0.0));
     ratios.sum::<f64>() / number(threads.len().max(1) as u64)
 }
 
-/// Asks the machine behind a QMP socket; it is the caller's turn to talk to it.
-pub fn look(qmp: &Path) -> Seen {
+/// Asks the machine behind a QMP socket, of which `before` was seen last; it is the caller's turn to talk to it.
+pub fn look(qmp: &Path, before: Option<&Seen>) -> Seen {
     let options =
         QemuOptions { command_timeout: LOOK_LIMIT, ..QemuOptions::new(qmp.to_path_buf()) };
-    Seen::from(survey(&options))
+    match survey(&options) {
+        Ok(survey) => Seen::answered(survey),
+        Err(error) => Seen::silent(&error, before.and_then(|before| before.body.clone())),
+    }
 }
 
-impl From<Result<Survey, QemuError>> for Seen {
-    fn from(surveyed: Result<Survey, QemuError>) -> Self {
-        let at = timestamp();
-        let survey = match surveyed {
-            Ok(survey) => survey,
-            Err(error) => {
-                let reason = error.reason();
-                let error = Some(OperationError { reason, detail: error.to_string() });
-                let state = VmState::Unreachable;
-                return Self {
-                    at,
-                    state,
-                    machine: None,
-                    refusals: Vec::new(),
-                    protected_bytes: 0,
-                    throttle_ratio: 0.0,
-                    error,
-                };
-            }
-        };
+impl Seen {
+    /// Of one that answers.
+    fn answered(survey: Survey) -> Self {
+        let body = Body::of(&survey).map(Arc::new);
         let below = survey.disks.iter().map(|disk| disk.backing_chain.len());
         let machine = Machine {
             machine_type: survey.machine.machine_type,
@@ -160,16 +188,13 @@ impl From<Result<Survey, QemuError>> for Seen {
             disks: survey.disks.len(),
             backing_images: below.max().unwrap_or(0),
         };
-        let protected = survey.mappings.iter().filter(|mapping| mapping.has_userfaultfd);
-        let protected_bytes = protected.map(|mapping| mapping.len_bytes).sum();
-        let throttle_ratio = throttle_ratio(&survey.cpu_threads);
         let refusals = survey.refusals.into_iter().map(|refusal| Hindrance {
             reason: refusal.reason,
             what: refusal.what,
             remedy: refusal.remedy,
         });
         Self {
-            at,
+            at: timestamp(),
             state: match survey.run_state {
                 Some(RunState::Running) => VmState::Running,
                 Some(RunState::Paused) => VmState::Paused,
@@ -177,9 +202,25 @@ impl From<Result<Survey, QemuError>> for Seen {
             },
             machine: Some(machine),
             refusals: refusals.collect(),
-            protected_bytes,
-            throttle_ratio,
+            protected_bytes: Some(protected_bytes(&survey.mappings)),
+            throttle_ratio: Some(throttle_ratio(&survey.cpu_threads)),
             error: None,
+            body,
+        }
+    }
+
+    /// Of one that does not, and was `body` when it did.
+    fn silent(error: &QemuError, body: Option<Arc<Body>>) -> Self {
+        let left = body.as_ref().and_then(|body| body.left());
+        Self {
+            at: timestamp(),
+            state: VmState::Unreachable,
+            machine: None,
+            refusals: Vec::new(),
+            protected_bytes: left.map(|(protected_bytes, _)| protected_bytes),
+            throttle_ratio: left.map(|(_, throttle_ratio)| throttle_ratio),
+            error: Some(OperationError { reason: error.reason(), detail: error.to_string() }),
+            body,
         }
     }
 }
@@ -203,9 +244,10 @@ mod tests {
             state: VmState::Running,
             machine: Some(machine),
             refusals: Vec::new(),
-            protected_bytes: 0,
-            throttle_ratio: 0.0,
+            protected_bytes: Some(0),
+            throttle_ratio: Some(0.0),
             error: None,
+            body: None,
         }
     }
 

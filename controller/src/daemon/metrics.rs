@@ -246,8 +246,6 @@ impl Families {
             &self.buffer_used,
             &self.buffer_limit,
             &self.drain_rate,
-            &self.protected,
-            &self.throttle,
             &self.forecast_peak,
             &self.forecast_completion,
         ] {
@@ -255,6 +253,12 @@ impl Families {
         }
         // Nobody sees them, so 0 would be wrong. There was none before either, if this fails.
         let _ = self.dirty_rate.remove_label_values(&[vm, "first_touch"]);
+    }
+
+    /// What is left in `vm` while no snapshot of it runs.
+    fn set_left(&self, vm: &str, protected_bytes: Option<u64>, throttle_ratio: Option<f64>) {
+        set_known(&self.protected, vm, protected_bytes.map(number));
+        set_known(&self.throttle, vm, throttle_ratio);
     }
 
     /// Where the snapshot of `vm` is; nothing if none was asked for.
@@ -337,11 +341,7 @@ impl Families {
             set(&self.policy_buffer, policy.buffer_bytes);
             set(&self.policy_stall, policy.stall_limit_seconds);
             set(&self.policy_cpu, policy.min_cpu_ratio);
-            match policy.deadline_seconds {
-                Some(deadline) => set(&self.policy_deadline, deadline),
-                // There was none before either, if this fails.
-                None => drop(self.policy_deadline.remove_label_values(&[vm])),
-            }
+            set_known(&self.policy_deadline, vm, policy.deadline_seconds);
         }
     }
 
@@ -490,9 +490,7 @@ impl Metrics {
         let runs = |(of, state): &(String, State)| of == vm && state.is_running();
         // One may have begun meanwhile, and tells more.
         if !seen.unfinished.values().any(runs) {
-            let families = &self.0.families;
-            families.protected.with_label_values(&[vm]).set(number(found.protected_bytes));
-            families.throttle.with_label_values(&[vm]).set(found.throttle_ratio);
+            self.0.families.set_left(vm, found.protected_bytes, found.throttle_ratio);
         }
     }
 
@@ -525,10 +523,14 @@ impl Metrics {
         } else {
             seen.begun.remove(id)
         };
-        if state.is_final() {
-            seen.unfinished.remove(id);
+        let before = if state.is_final() {
+            seen.unfinished.remove(id)
         } else {
-            seen.unfinished.insert(id.clone(), (vm.clone(), *state));
+            seen.unfinished.insert(id.clone(), (vm.clone(), *state))
+        };
+        if state.is_final() && before.is_some_and(|(_, before)| before.is_running()) {
+            // What it has left will be known when somebody has looked.
+            self.0.families.set_left(vm, None, None);
         }
         self.show_foremost(&seen, vm);
         begun
@@ -723,6 +725,15 @@ impl Collector for Distributions {
         family.set_field_type(MetricType::HISTOGRAM);
         family.set_metric(metrics.collect());
         vec![family]
+    }
+}
+
+/// Shows what is known of `vm`, and no series if nothing is.
+fn set_known(gauge: &GaugeVec, vm: &str, value: Option<f64>) {
+    match value {
+        Some(value) => gauge.with_label_values(&[vm]).set(value),
+        // There was none before either, if this fails.
+        None => drop(gauge.remove_label_values(&[vm])),
     }
 }
 

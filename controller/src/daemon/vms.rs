@@ -116,7 +116,7 @@ impl Vms {
         let Some(vm) = self.get(name) else { return };
         let Ok(turn) = vm.turn.try_lock_owned() else { return };
         let looked = spawn_blocking(move || {
-            let seen = look(&vm.qmp);
+            let seen = look(&vm.qmp, vm.seen.as_deref());
             drop(turn);
             seen
         });
@@ -193,8 +193,8 @@ mod tests {
         assert_eq!(vms.get("named").unwrap().qmp, path("known.qmp"));
         fs::remove_file(path("a.qmp")).unwrap();
         assert_eq!(names(), ["named"]);
-        let seen = look(&path("a.qmp"));
-        assert_eq!(seen.state, VmState::Unreachable);
+        let seen = look(&path("a.qmp"), None);
+        assert_eq!((seen.state, seen.protected_bytes), (VmState::Unreachable, None));
     }
 
     #[tokio::test]

@@ -91,7 +91,8 @@ fn hurt() -> Row {
                 Lines,
                 Bytes,
                 "Memory under protection",
-                "Guest memory that the kernel has under userfaultfd. After a snapshot it must be 0.",
+                "Guest memory that the kernel has under userfaultfd. After a snapshot it must be 0. No line: nobody could look, for QEMU \
+                 does not answer, and has not since the daemon's start.",
             )
             .ask(CHOSEN, "livesnap_protected_bytes{%}", "protected")
             .runbook("ProtectionLeaked"),

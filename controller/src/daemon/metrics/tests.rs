@@ -60,6 +60,15 @@ fn value(metrics: &Metrics, series: &str) -> f64 {
     found.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().unwrap()
 }
 
+/// What the series say of what is left in the virtual machine, protected and throttled; nothing of one that is not there.
+fn left(metrics: &Metrics) -> [Option<f64>; 2] {
+    let text = metrics.text().unwrap();
+    ["livesnap_protected_bytes", "livesnap_throttle_ratio"].map(|name| {
+        let prefix = format!("{name}{{vm=\"vm1\"}} ");
+        text.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok())
+    })
+}
+
 #[test]
 fn every_metric_of_the_catalogue_is_registered() {
     let metrics = metrics();
@@ -132,12 +141,13 @@ fn counts_grow_across_snapshots_by_what_is_new() {
     is("livesnap_snapshots_total{outcome=\"failed\",reason=\"io\",vm=\"vm1\"}", 2.0);
     is("livesnap_policy_deadline_seconds{vm=\"vm1\"}", 60.0);
     // And nothing of a snapshot stays that is not there any more.
-    for gauge in ["snapshots_in_progress", "remaining_bytes", "throttle_ratio", "protected_bytes"] {
+    for gauge in ["snapshots_in_progress", "remaining_bytes"] {
         is(&format!("livesnap_{gauge}{{vm=\"vm1\"}}"), 0.0);
     }
     is("livesnap_snapshot_phase{phase=\"copying\",vm=\"vm1\"}", 0.0);
     is("livesnap_operations_queued", 0.0);
     assert!(!metrics.text().unwrap().contains("source=\"first_touch\""));
+    assert_eq!(left(&metrics), [None; 2], "nobody has looked yet");
 }
 
 #[test]
@@ -203,27 +213,33 @@ fn what_could_not_be_kept_waits_for_nothing() {
 fn what_is_left_shows_only_while_no_snapshot_runs() {
     let mut metrics = metrics();
     metrics.register("vm1");
-    let found = |protected_bytes, throttle_ratio| Seen {
-        at: String::new(),
-        state: VmState::Running,
-        machine: None,
-        refusals: Vec::new(),
-        protected_bytes,
-        throttle_ratio,
-        error: None,
+    assert_eq!(left(&metrics), [None; 2], "nobody has looked yet");
+    let looked = |metrics: &Metrics, protected_bytes, throttle_ratio| {
+        let found = Seen {
+            at: String::new(),
+            state: VmState::Running,
+            machine: None,
+            refusals: Vec::new(),
+            protected_bytes,
+            throttle_ratio,
+            error: None,
+            body: None,
+        };
+        metrics.looked("vm1", &found);
+        left(metrics)
     };
-    let is = |metrics: &Metrics, protected: f64, throttled: f64| {
-        assert_eq!(value(metrics, "livesnap_protected_bytes{vm=\"vm1\"}"), protected);
-        assert_eq!(value(metrics, "livesnap_throttle_ratio{vm=\"vm1\"}"), throttled);
-    };
-    metrics.looked("vm1", &found(4096, 0.25));
-    is(&metrics, 4096.0, 0.25);
-    metrics.looked("vm1", &found(0, 0.0));
-    is(&metrics, 0.0, 0.0);
+    assert_eq!(looked(&metrics, Some(0), Some(0.0)), [Some(0.0); 2]);
+    assert_eq!(looked(&metrics, Some(4096), Some(0.25)), [Some(4096.0), Some(0.25)]);
+    // One that waits changes nothing of it.
+    metrics.changed(None, Some(&operation("0", State::Queued)));
+    assert_eq!(left(&metrics), [Some(4096.0), Some(0.25)]);
+    metrics.changed(Some(&operation("0", State::Queued)), None);
+    assert_eq!(left(&metrics), [Some(4096.0), Some(0.25)]);
+    // What could not be measured is not 0.
+    assert_eq!(looked(&metrics, None, None), [None; 2]);
     // A look that a snapshot has overtaken knows less than it.
     metrics.changed(None, Some(&copying("1", 300, &[])));
-    metrics.looked("vm1", &found(0, 0.0));
-    is(&metrics, 700.0, 0.6);
+    assert_eq!(looked(&metrics, Some(0), Some(0.0)), [Some(700.0), Some(0.6)]);
 }
 
 #[test]
