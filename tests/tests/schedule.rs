@@ -101,6 +101,16 @@ fn what_was_missed_is_taken_once_and_nothing_is_taken_twice() {
     assert!(is_verified(&last, "sound") && last["schedule"].is_null(), "{last:#}");
     // It is no schedule's.
     assert_eq!(next_at(&daemon), turn);
+
+    // Nor is anything taken again because nobody remembers it.
+    for operation in wait_list(&daemon, |_| true) {
+        let path = format!("/snapshot/{}", operation["id"].as_str().unwrap());
+        assert_eq!(daemon.call("DELETE", &path, &[], "").unwrap().status, 204, "{path}");
+    }
+    assert!(daemon.end(Signal::TERM).unwrap().success());
+    let daemon = Daemon::start(dir.path()).unwrap();
+    assert_eq!(next_at(&daemon), turn);
+    assert_eq!(wait_list(&daemon, |_| true), Vec::<Value>::new());
 }
 
 /// Turns as fast as they can be taken, of which two good ones are kept.

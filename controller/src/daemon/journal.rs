@@ -1,8 +1,10 @@
-//! What of the book survives the daemon: a file for each operation.
+//! What of the book survives the daemon: a file for each operation, and one for the turns of schedules whose operations
+//! were forgotten.
 //!
 //! ```text
 //! STATE_DIR/lock                  held while a daemon lives
-//! STATE_DIR/operations/ID.json    written as .ID.json.new, synced, renamed
+//! STATE_DIR/turns.json            which turns were taken last
+//! STATE_DIR/operations/ID.json    each written as .ID.json.new, synced, renamed
 //! ```
 //!
 //! Written by the supervisor, on threads that may wait for the disk.
@@ -13,8 +15,10 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use serde::Serialize;
 
 use super::book::Record;
+use super::schedule::Turn;
 
 /// Why the journal cannot be kept.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +48,7 @@ pub enum JournalError {
 #[derive(Debug)]
 pub struct Journal {
     directory: PathBuf,
+    turns: PathBuf,
     /// Held until the end.
     _lock: File,
 }
@@ -70,7 +75,7 @@ impl Journal {
             .map_err(failed("open", &path))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| JournalError::Locked { path: state_dir.into() })?;
-        Ok(Self { directory, _lock: lock })
+        Ok(Self { directory, turns: state_dir.join("turns.json"), _lock: lock })
     }
 
     /// All that was written, in the order of ids; and what of it cannot be read.
@@ -100,17 +105,26 @@ impl Journal {
     /// # Errors
     /// If the file system refuses. What was written before is still there then.
     pub fn write(&self, record: &Record) -> Result<(), JournalError> {
-        let path = self.path(&record.operation.id);
-        let draft = self.directory.join(format!(".{}.json.new", record.operation.id));
-        let write = || {
-            let mut file =
-                File::options().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
-            file.write_all(&serde_json::to_vec(record)?)?;
-            file.sync_all()?;
-            fs::rename(&draft, &path)?;
-            File::open(&self.directory)?.sync_all()
-        };
-        write().map_err(failed("write", &path))
+        write(&self.path(&record.operation.id), record)
+    }
+
+    /// The turns that were [written](Self::write_turns), or none.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn load_turns(&self) -> Result<Vec<Turn>, JournalError> {
+        match fs::read(&self.turns).and_then(|text| Ok(serde_json::from_slice(&text)?)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            read => read.map_err(failed("read", &self.turns)),
+        }
+    }
+
+    /// Writes the turns that were taken, in place of those before; they are durable afterwards.
+    ///
+    /// # Errors
+    /// If the file system refuses. What was written before is still there then.
+    pub fn write_turns(&self, turns: &[Turn]) -> Result<(), JournalError> {
+        write(&self.turns, turns)
     }
 
     /// Removes a record, if it is there.
@@ -137,6 +151,22 @@ impl Journal {
     }
 }
 
+/// Replaces a file by a value; whoever reads it finds one or the other.
+fn write<T: Serialize + ?Sized>(path: &Path, value: &T) -> Result<(), JournalError> {
+    let name = path.file_name().unwrap_or_default().display();
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let draft = directory.join(format!(".{name}.new"));
+    let write = || {
+        let mut file =
+            File::options().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+        file.write_all(&serde_json::to_vec(value)?)?;
+        file.sync_all()?;
+        fs::rename(&draft, path)?;
+        File::open(directory)?.sync_all()
+    };
+    write().map_err(failed("write", path))
+}
+
 fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> JournalError {
     let path = path.to_owned();
     move |source| JournalError::File { operation, path, source }
@@ -145,6 +175,8 @@ fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Jou
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+    use std::time::SystemTime;
 
     use super::*;
     use crate::daemon::book::{Book, Bounds};
@@ -174,6 +206,22 @@ mod tests {
         let (found, damaged) = journal.load().unwrap();
         assert_eq!(found, [records[0].clone(), records[2].clone()]);
         assert!(damaged.is_empty());
+    }
+
+    #[test]
+    fn turns_are_found_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        assert_eq!(journal.load_turns().unwrap(), []);
+        let turn =
+            |vm: &str| Turn { at: SystemTime::now(), schedule: "daily".into(), vm: vm.into() };
+        for turns in [vec![turn("vm1"), turn("vm2")], vec![turn("vm2")]] {
+            journal.write_turns(&turns).unwrap();
+            assert_eq!(journal.load_turns().unwrap(), turns);
+        }
+        fs::write(dir.path().join("turns.json"), "[").unwrap();
+        let error = journal.load_turns().unwrap_err().to_string();
+        assert!(error.contains("turns.json"), "{error}");
     }
 
     #[test]

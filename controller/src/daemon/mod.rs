@@ -137,6 +137,10 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     for error in damaged {
         tracing::warn!(%error, "left out");
     }
+    let turns = journal.load_turns().unwrap_or_else(|error| {
+        tracing::warn!(%error, "left out");
+        Vec::new()
+    });
     let socket = listen::Socket::bind(&config.socket)?;
     let tcp = match &config.tcp {
         Some(tcp) => {
@@ -163,7 +167,7 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     let observers: Vec<Box<dyn Observer>> =
         vec![Box::new(Log), Box::new(metrics.clone()), Box::new(LookAfter(vms.clone()))];
     let (supervisor, handle) =
-        Supervisor::new(Arc::clone(&config), vms.clone(), journal, earlier, observers);
+        Supervisor::new(Arc::clone(&config), vms.clone(), journal, earlier, turns, observers);
     let supervisor = tokio::spawn(supervisor.run());
     let interval = Duration::from_secs(config.look_seconds);
     tokio::spawn(vms::watch(vms, config.discover.clone(), interval, metrics.clone()));

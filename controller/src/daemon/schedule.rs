@@ -15,7 +15,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use snapshot_core::Reason;
 
 use super::name::is_name;
@@ -203,8 +203,8 @@ impl Past {
     }
 }
 
-/// A snapshot that a schedule wants.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A snapshot that a schedule wants, or that was taken for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Turn {
     /// When.
     pub at: SystemTime,
@@ -234,9 +234,20 @@ pub struct Agenda {
 }
 
 impl Agenda {
-    /// With these schedules.
-    pub fn new(schedules: Vec<Schedule>) -> Self {
-        Self { schedules, since: HashMap::new(), taken: HashMap::new(), left_out: HashMap::new() }
+    /// With these schedules, and the turns that are known to be [taken](Self::all_taken).
+    pub fn new(schedules: Vec<Schedule>, taken: Vec<Turn>) -> Self {
+        let taken = taken.into_iter().map(|turn| ((turn.schedule, turn.vm), turn.at)).collect();
+        Self { schedules, since: HashMap::new(), taken, left_out: HashMap::new() }
+    }
+
+    /// The last turn of each schedule and virtual machine that was taken, also if nothing else tells of it any more.
+    pub fn all_taken(&self) -> Vec<Turn> {
+        let turn = |((schedule, vm), at): (&(String, String), &SystemTime)| Turn {
+            at: *at,
+            schedule: schedule.clone(),
+            vm: vm.clone(),
+        };
+        self.taken.iter().map(turn).collect()
     }
 
     /// The schedule of that name.
@@ -274,8 +285,10 @@ impl Agenda {
                 let key = (schedule.name.clone(), vm.clone());
                 let mut past =
                     past.remove(&(schedule.name.as_str(), vm.as_str())).unwrap_or_default();
-                if past.failures == 0 {
-                    past.taken = past.taken.max(self.taken.get(&key).copied());
+                let known = self.taken.get(&key).copied();
+                // Those that failed before one that is forgotten are not tried again.
+                if past.failures == 0 || known > past.failed {
+                    past = Past { taken: past.taken.max(known), ..Past::default() };
                     self.taken.extend(past.taken.map(|taken| (key.clone(), taken)));
                 }
                 let due = schedule.due(vm, now, self.since[vm], &past);
@@ -462,7 +475,7 @@ mod tests {
             // Nobody is to blame for that but the daemon.
             (vec![completed(60), aborted(Reason::DaemonRestart)], 182),
         ] {
-            let mut agenda = Agenda::new(vec![schedule("jitter = '0s'")]);
+            let mut agenda = Agenda::new(vec![schedule("jitter = '0s'")], Vec::new());
             // All are known since then.
             assert_eq!(agenda.turns(clock(0), &vms, [].iter()).len(), 2);
             let turns = agenda.turns(clock(190), &vms, operations.iter());
@@ -473,7 +486,7 @@ mod tests {
 
     #[test]
     fn a_turn_that_is_left_out_comes_again() {
-        let mut agenda = Agenda::new(vec![schedule("jitter = '0s'")]);
+        let mut agenda = Agenda::new(vec![schedule("jitter = '0s'")], Vec::new());
         let vms = ["vm1".to_owned()];
         let next = |agenda: &mut Agenda, now| agenda.turns(clock(now), &vms, [].iter()).remove(0);
         let turn = next(&mut agenda, 7);
@@ -490,6 +503,13 @@ mod tests {
         let taken = operation(State::Completed, 10, 11, None);
         assert_eq!(agenda.turns(clock(12), &vms, [taken].iter())[0].at, clock(60));
         assert_eq!(next(&mut agenda, 13).at, clock(60));
+        // Nor by another daemon, and not for what had failed before.
+        let failed = operation(State::Failed, 5, 6, Some(Reason::Io));
+        let mut next_agenda = Agenda::new(vec![schedule("jitter = '0s'")], agenda.all_taken());
+        assert_eq!(next_agenda.turns(clock(14), &vms, [failed].iter())[0].at, clock(60));
+        // But what failed since then is tried again.
+        let failed = operation(State::Failed, 60, 61, Some(Reason::Io));
+        assert_eq!(next_agenda.turns(clock(61), &vms, [failed].iter())[0].at, clock(62));
         // One that was gone is a new one when it is back.
         assert_eq!(agenda.turns(clock(10), &[], [].iter()), []);
         assert_eq!(next(&mut agenda, 11).at, clock(11));

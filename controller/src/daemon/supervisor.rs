@@ -303,12 +303,13 @@ struct Process {
 }
 
 impl Supervisor {
-    /// With what an earlier daemon has left.
+    /// With what an earlier daemon has left: operations, and turns that it had taken.
     pub fn new(
         config: Arc<Config>,
         vms: Vms,
         journal: Journal,
         earlier: Vec<Record>,
+        turns: Vec<Turn>,
         observers: Vec<Box<dyn Observer>>,
     ) -> (Self, Handle) {
         let last =
@@ -330,7 +331,7 @@ impl Supervisor {
             view: seen,
             ids: Arc::clone(&ids),
         };
-        let agenda = Agenda::new(config.schedule.clone());
+        let agenda = Agenda::new(config.schedule.clone(), turns);
         let supervisor = Self {
             config,
             vms,
@@ -697,7 +698,15 @@ impl Supervisor {
                 }
                 None => {
                     let id = id.clone();
-                    spawn_blocking(move || journal.remove(&id)).await
+                    // What a schedule took is not taken again because nobody remembers it.
+                    let is_scheduled =
+                        before.as_ref().is_some_and(|known| known.schedule.is_some());
+                    let turns = is_scheduled.then(|| self.agenda.all_taken());
+                    spawn_blocking(move || {
+                        turns.map_or(Ok(()), |turns| journal.write_turns(&turns))?;
+                        journal.remove(&id)
+                    })
+                    .await
                 }
             };
             if let Err(error) = kept.unwrap_or_else(|error| Err(self.journal.interrupted(error))) {
@@ -754,7 +763,7 @@ mod tests {
         let earlier =
             Record { operation: last, request: Request::default(), idempotency_key: None };
         let (vms, journal) = (Vms::new(&config), Journal::open(dir).unwrap());
-        Supervisor::new(Arc::new(config), vms, journal, vec![earlier], Vec::new())
+        Supervisor::new(Arc::new(config), vms, journal, vec![earlier], Vec::new(), Vec::new())
     }
 
     #[test]
