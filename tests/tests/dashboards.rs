@@ -216,6 +216,12 @@ fn dashboards_and_alerts_tell_what_happens() {
             "deadline_seconds": 600, "max_bandwidth_bytes_per_second": SLOW, "force": true,
         }),
     );
+    // Its beginning is marked as soon as it has begun.
+    let begun = "livesnap_last_snapshot_start_timestamp_seconds > 0 and livesnap_last_snapshot_end_timestamp_seconds == 0";
+    poll_until("a snapshot that runs has begun", LIMIT, || {
+        Ok((!monitoring.query(begun)?.is_empty()).then_some(()))
+    })
+    .unwrap();
     if pictured().is_some() {
         let half = "livesnap_remaining_bytes / livesnap_ram_bytes < 0.5 and livesnap_snapshots_in_progress == 1";
         poll_until("half of it is saved", LIMIT, || {
@@ -272,6 +278,10 @@ fn dashboards_and_alerts_tell_what_happens() {
     {
         assert_eq!(labels[name], expected, "{alert:#}");
     }
+
+    // It knows that the last snapshot was none of those that came to nothing.
+    let told_again = monitoring.query("ALERTS{alertname=\"SnapshotAborted\", vm=\"vm1\"}").unwrap();
+    assert!(told_again.is_empty(), "{told_again:?}");
 
     // Somebody else's snapshot is, for the daemon, what one that left something would be.
     let other = others_snapshot(&guest, &dir.path().join("other")).unwrap();

@@ -56,8 +56,6 @@ struct Known {
     vms: Vec<String>,
     /// Operations that have not ended: of which machine, and where they are.
     unfinished: HashMap<String, (String, State)>,
-    /// When those that run had begun.
-    begun: HashMap<String, SystemTime>,
 }
 
 struct Families {
@@ -345,9 +343,28 @@ impl Families {
         }
     }
 
+    /// When the last snapshot began.
+    fn note_begin(&self, operation: &Operation) {
+        if let Some(begun) = operation.started_at.as_deref().and_then(time) {
+            self.last_start.with_label_values(&[&operation.vm]).set(unix_seconds(begun));
+        }
+    }
+
+    /// When the last snapshot that has ended was taken, and whether it was completed.
+    fn note_last(&self, operation: &Operation) {
+        self.note_begin(operation);
+        let set = |gauge: &GaugeVec, value| gauge.with_label_values(&[&operation.vm]).set(value);
+        set(&self.last_succeeded, truth(operation.state == State::Completed));
+        let at = |text: &Option<String>| text.as_deref().and_then(time);
+        let Some(ended) = at(&operation.ended_at) else { return };
+        set(&self.last_end, unix_seconds(ended));
+        let begun = at(&operation.started_at).unwrap_or(ended);
+        set(&self.last_duration, ended.duration_since(begun).unwrap_or_default().as_secs_f64());
+    }
+
     /// How a snapshot ended.
-    fn note_end(&self, operation: &Operation, begun: Option<SystemTime>) {
-        let (vm, now) = (operation.vm.as_str(), SystemTime::now());
+    fn note_end(&self, operation: &Operation) {
+        let vm = operation.vm.as_str();
         let is_completed = operation.state == State::Completed;
         let reason = match &operation.error {
             _ if is_completed => label::NO_REASON,
@@ -357,13 +374,7 @@ impl Families {
         let outcome = catalogue::outcome_of(reason);
         self.snapshots.with_label_values(&[vm, outcome, reason]).inc();
         let set = |gauge: &GaugeVec, value: f64| gauge.with_label_values(&[vm]).set(value);
-        let started = || operation.started_at.as_deref().and_then(time);
-        let begun = begun.or_else(started);
-        set(&self.last_start, unix_seconds(begun.unwrap_or(now)));
-        set(&self.last_end, unix_seconds(now));
-        set(&self.last_succeeded, truth(is_completed));
-        let took = begun.and_then(|begun| now.duration_since(begun).ok()).unwrap_or_default();
-        set(&self.last_duration, took.as_secs_f64());
+        self.note_last(operation);
         let result = operation.result.as_ref().unwrap_or(&Value::Null);
         let figure = |pointer: &str| result.pointer(pointer).and_then(Value::as_f64);
         set(&self.last_throttled, figure("/control/withheld_ns").unwrap_or(0.0) / 1e9);
@@ -441,7 +452,8 @@ impl Families {
 }
 
 impl Metrics {
-    /// Of a daemon whose snapshots lie below `roots`; `earlier` operations tell when the last snapshots were.
+    /// Of a daemon whose snapshots lie below `roots`; `earlier` operations, the oldest first, tell when the last
+    /// snapshots were.
     ///
     /// # Errors
     /// If the catalogue makes no sense.
@@ -462,8 +474,11 @@ impl Metrics {
             schedules: schedules.to_vec(),
             seen: Mutex::default(),
         }));
-        for operation in earlier.filter(|operation| operation.state == State::Completed) {
-            metrics.register(&operation.vm);
+        for operation in earlier.filter(|operation| operation.state.is_final()) {
+            if operation.state == State::Completed {
+                metrics.register(&operation.vm);
+            }
+            metrics.0.families.note_last(operation);
             metrics.0.families.note_success(operation);
         }
         Ok(metrics)
@@ -514,26 +529,24 @@ impl Metrics {
         self.0.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes where an operation is; returns when it had begun, if it has.
-    fn note_state(&self, operation: &Operation) -> Option<SystemTime> {
+    /// Notes where an operation is.
+    fn note_state(&self, operation: &Operation) {
         let mut seen = self.seen();
         let Operation { id, vm, state, .. } = operation;
-        let begun = if state.is_running() {
-            Some(*seen.begun.entry(id.clone()).or_insert_with(SystemTime::now))
-        } else {
-            seen.begun.remove(id)
-        };
         let before = if state.is_final() {
             seen.unfinished.remove(id)
         } else {
             seen.unfinished.insert(id.clone(), (vm.clone(), *state))
         };
-        if state.is_final() && before.is_some_and(|(_, before)| before.is_running()) {
+        let ran = before.is_some_and(|(_, before)| before.is_running());
+        if state.is_running() && !ran {
+            self.0.families.note_begin(operation);
+        }
+        if state.is_final() && ran {
             // What it has left will be known when somebody has looked.
             self.0.families.set_left(vm, None, None);
         }
         self.show_foremost(&seen, vm);
-        begun
     }
 
     /// Shows what waits, and how far the foremost operation of a machine is.
@@ -552,7 +565,6 @@ impl Metrics {
     /// An operation is no more: one that has ended was counted, one that could not be kept never was.
     fn forget(&self, operation: &Operation) {
         let mut seen = self.seen();
-        seen.begun.remove(&operation.id);
         if seen.unfinished.remove(&operation.id).is_some() {
             self.show_foremost(&seen, &operation.vm);
         }
@@ -586,9 +598,9 @@ impl Observer for Metrics {
         if let Some(rate) = sampled(now) {
             families.dirty_rate.with_label_values(&[&now.vm, "sample"]).set(rate);
         }
-        let begun = self.note_state(now);
+        self.note_state(now);
         if now.state.is_final() {
-            families.note_end(now, begun);
+            families.note_end(now);
         }
     }
 }

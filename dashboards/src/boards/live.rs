@@ -195,8 +195,8 @@ fn last() -> Row {
             figure(
                 Truth,
                 "Succeeded",
-                "Whether the last snapshot that has ended was completed. No data: the daemon has taken none since its start.",
-                "livesnap_last_snapshot_succeeded{%} and livesnap_last_snapshot_start_timestamp_seconds{%} > 0",
+                "Whether the last snapshot that has ended was completed. No data: the daemon knows of none.",
+                "livesnap_last_snapshot_succeeded{%} and livesnap_last_snapshot_end_timestamp_seconds{%} > 0",
             )
             .runbook("SnapshotAborted"),
             figure(

@@ -252,8 +252,50 @@ fn when_the_last_snapshot_was_is_known_after_a_restart() {
     let metrics = Metrics::new(Vec::new(), &[], earlier.iter()).unwrap();
     let found = value(&metrics, "livesnap_last_success_timestamp_seconds{vm=\"vm1\"}");
     assert_eq!(found, 1_767_312_000.0);
-    let failed = "livesnap_snapshots_total{outcome=\"completed\",reason=\"none\",vm=\"vm1\"}";
-    assert_eq!(value(&metrics, failed), 0.0, "it was counted by the daemon that took it");
+    let completed = "livesnap_snapshots_total{outcome=\"completed\",reason=\"none\",vm=\"vm1\"}";
+    assert_eq!(value(&metrics, completed), 0.0, "it was counted by the daemon that took it");
+}
+
+#[test]
+fn a_snapshot_has_begun_before_it_has_ended_and_that_is_known_after_a_restart() {
+    let last = |metrics: &Metrics| {
+        ["start_timestamp_seconds", "end_timestamp_seconds", "succeeded"]
+            .map(|name| value(metrics, &format!("livesnap_last_snapshot_{name}{{vm=\"vm1\"}}")))
+    };
+    let mut metrics = metrics();
+    let at = |text: &str| Some(text.to_owned());
+    let [queued, preparing, completed] =
+        [State::Queued, State::Preparing, State::Completed].map(|state| {
+            let started_at = at("2026-01-01T00:00:00Z").filter(|_| state != State::Queued);
+            let ended_at = at("2026-01-01T00:01:00Z").filter(|_| state.is_final());
+            Operation { started_at, ended_at, ..operation("1", state) }
+        });
+    let next =
+        Operation { started_at: at("2026-01-01T01:00:00Z"), ..operation("2", State::Preparing) };
+    let failed =
+        Operation { state: State::Failed, ended_at: at("2026-01-01T01:00:01Z"), ..next.clone() };
+    let unwanted = Operation {
+        state: State::Aborted,
+        ended_at: at("2026-01-01T02:00:00Z"),
+        ..operation("3", State::Aborted)
+    };
+    metrics.changed(None, Some(&queued));
+    assert_eq!(last(&metrics), [0.0; 3]);
+    metrics.changed(Some(&queued), Some(&preparing));
+    assert_eq!(last(&metrics), [1_767_225_600.0, 0.0, 0.0]);
+    metrics.changed(Some(&preparing), Some(&completed));
+    assert_eq!(last(&metrics), [1_767_225_600.0, 1_767_225_660.0, 1.0]);
+    assert_eq!(value(&metrics, "livesnap_last_snapshot_duration_seconds{vm=\"vm1\"}"), 60.0);
+    metrics.changed(None, Some(&next));
+    assert_eq!(last(&metrics), [1_767_229_200.0, 1_767_225_660.0, 1.0]);
+    metrics.changed(Some(&next), Some(&failed));
+    assert_eq!(last(&metrics), [1_767_229_200.0, 1_767_229_201.0, 0.0]);
+    // One that never began has no beginning.
+    metrics.changed(None, Some(&unwanted));
+    let all = last(&metrics);
+    assert_eq!(all, [1_767_229_200.0, 1_767_232_800.0, 0.0]);
+    let restarted = Metrics::new(Vec::new(), &[], [completed, failed, unwanted].iter()).unwrap();
+    assert_eq!(last(&restarted), all);
 }
 
 #[test]
