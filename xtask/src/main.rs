@@ -41,7 +41,8 @@ Usage: cargo xtask COMMAND [ARGUMENTS]
   bench   measure downtime, stalls and total time against QEMU's own snapshots;
           --quick for a first look, --update-docs for docs/performance.*;
           --probes alone: what the probes cost a fault, and a request, and watch a guest;
-          --control: what the controller makes of slow destinations
+          --control: what the controller makes of slow destinations;
+          --api [ROUNDS]: what clients of the daemon cost a guest that is being snapshotted
   soak    take and check snapshot after snapshot of one busy VM; --runs N
   sim     judge the control core on simulated guests and disks; --seeds N, --seed K
   dashboards  write dashboards/ and docs/runbooks from the crate livesnap-dashboards;
@@ -68,6 +69,7 @@ fn main() -> Result<()> {
         "deb" => package::build(&rest),
         "vmtest" => vmtest::run_on_kernels(&rest),
         "bench" if rest == ["--probes"] => bench_probes(),
+        "bench" if rest.first().is_some_and(|word| word == "--api") => bench_api(&rest[1..]),
         "demo" | "bench" | "soak" => run_tool(&format!("livesnap-{command}"), &rest),
         "sim" => simulate(&rest),
         "dashboards" if rest == ["--types"] => schema::check(),
@@ -91,6 +93,17 @@ fn bench_probes() -> Result<()> {
         let example = ["run", "--release", "--package", "livesnap-ebpf", "--example", name];
         step::run(name, cargo(example))
     })
+}
+
+/// Measures what clients of the daemon cost a guest that is being snapshotted.
+fn bench_api(arguments: &[String]) -> Result<()> {
+    setup::run()?;
+    setup::wrk()?;
+    step::run("build", cargo(["build", "--release", "--package", "livesnap"]))?;
+    let example = ["run", "--release", "--package", "livesnap-tests", "--example", "api_cost"];
+    let mut measure = cargo(example);
+    measure.arg("--").args(arguments);
+    step::run("api_cost", measure)
 }
 
 /// Builds the product and a program of the tests package, and runs the latter.

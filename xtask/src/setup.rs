@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -129,6 +130,16 @@ pub fn run() -> Result<()> {
         eprintln!("warning: {problem}");
     }
     Ok(())
+}
+
+/// Installs wrk, which only a benchmark needs.
+pub fn wrk() -> Result<()> {
+    // It tells its version and calls that a failure.
+    if Command::new("wrk").arg("--version").output().is_ok() {
+        return Ok(());
+    }
+    apt::update()?;
+    apt::install(&["wrk"], None)
 }
 
 /// Installs cargo-deny, which only `cargo xtask test` needs.
