@@ -66,14 +66,17 @@ impl Server<'_> {
         let context = &self.engine.ram.contexts[context];
         let mut room = Notices::new();
         let mut idle_since = Instant::now();
+        // When there was no fault that has not been served since.
+        let mut none_at = idle_since;
         loop {
             let read_at = Instant::now();
             let count = self.read(context, &mut room)?;
             let mut captured = 0;
             while let Some((address, thread)) = self.faults.pop() {
-                captured += u32::from(self.fault(address, thread)?);
+                captured += u32::from(self.fault(address, thread, none_at)?);
                 idle_since = Instant::now();
             }
+            none_at = read_at;
             for _ in 0..captured {
                 self.engine.counters.service.record(idle_since - read_at);
             }
@@ -100,6 +103,7 @@ impl Server<'_> {
                 return Ok(());
             }
             idle_since = Instant::now();
+            none_at = idle_since;
         }
     }
 
@@ -129,8 +133,13 @@ impl Server<'_> {
         count.map_err(protection("read faults on", HostVirtAddr(0)))
     }
 
-    /// Serves one fault of `thread`; true if after the consistency point, as part of the snapshot.
-    fn fault(&mut self, address: HostVirtAddr, thread: u32) -> Result<bool, CaptureError> {
+    /// Serves one fault of `thread`, which came after `none_at`; true if after the consistency point, as part of the snapshot.
+    fn fault(
+        &mut self,
+        address: HostVirtAddr,
+        thread: u32,
+        none_at: Instant,
+    ) -> Result<bool, CaptureError> {
         let engine = self.engine;
         let Some(page) = engine.ram.layout.page_at(address) else {
             return Err(CaptureError::UnknownAddress { address });
@@ -150,8 +159,9 @@ impl Server<'_> {
         }
         drop(mode);
         engine.counters.faults.fetch_add(1, Ordering::Relaxed);
+        engine.counters.first_touches.begin(thread, none_at);
         let pages = self.capture_around(region, page)?;
-        engine.counters.first_touches.add(thread, pages);
+        engine.counters.first_touches.end(thread, pages);
         Ok(true)
     }
 
@@ -342,10 +352,10 @@ mod tests {
         *engine.mode.write().unwrap() = Mode::Capturing;
         let mut server = server(&engine);
         let address = engine.ram.layout.address_of(PageIndex(5));
-        server.fault(address, 0).unwrap();
+        server.fault(address, 0, Instant::now()).unwrap();
         assert!(!is_protected(&engine, 5));
         engine.ram.unregister();
-        server.fault(address, 0).unwrap();
+        server.fault(address, 0, Instant::now()).unwrap();
     }
 
     #[test]

@@ -345,7 +345,7 @@ mod tests {
     #[test]
     fn the_bar_is_shown_what_a_session_of_its_own_would_show() {
         let operation = json!({"state": "copying", "ended_at": null, "progress": {
-            "total_bytes": 8, "saved_bytes": 3, "first_touches": [{"thread": 7, "faults": 1, "bytes": 2}], "service": null,
+            "total_bytes": 8, "saved_bytes": 3, "first_touches": [{"thread": 7, "faults": 1, "bytes": 2, "wait_ns": 0}], "service": null,
             "control": {"cpu_ratio_mean": 0.5, "forecast": {"peak_buffer_bytes": 1024.0, "completion_seconds": 3.2}},
         }});
         let shown = progress(&operation).unwrap();

@@ -33,7 +33,8 @@ fn copying(id: &str, saved_bytes: u64, stalls: &[(u64, u64)]) -> Operation {
         "remaining_bytes": 1000 - saved_bytes, "written_bytes": saved_bytes,
         "buffer_used_bytes": 5, "buffer_limit_bytes": 50,
         "first_touches": [
-            {"thread": 7, "faults": 1, "bytes": saved_bytes / 20}, {"thread": 8, "faults": 0, "bytes": 0},
+            {"thread": 7, "faults": 1, "bytes": saved_bytes / 20, "wait_ns": 0},
+            {"thread": 8, "faults": 0, "bytes": 0, "wait_ns": 0},
         ],
         "service": {"count": 1, "sum_ns": 1000, "buckets": [[1023, 1]]},
         "stalls": {"tier": "tp-btf", "lost": saved_bytes / 100, "sum_ns": sum_ns, "buckets": stalls},
