@@ -32,7 +32,6 @@ impl Kept {
 
     /// A tick in which writers kept this share, while another was in force.
     pub fn see(&mut self, elapsed_s: f64, kept_ratio: f64, in_force_ratio: f64) {
-        let kept_ratio = kept_ratio.min(1.0);
         let passed = (kept_ratio / in_force_ratio).clamp(PASSED_RATIO_MIN, 1.0);
         self.passed_ratio += elapsed_s / (PASSED_S + elapsed_s) * (passed - self.passed_ratio);
         if self.ticks.len() == TICKS_MAX {

@@ -38,7 +38,7 @@ pub mod vcpu;
 pub use forecast::Forecast;
 pub use plan::{Plan, PlanInputs, Verdict, plan};
 pub use policy::{OnInfeasible, Policy, PolicyError, WINDOW_S};
-pub use sample::{Absurdity, Host, Sample, Stall};
+pub use sample::{Absurdity, Host, Sample, Stall, Vcpu};
 pub use step::{Abort, AbortReason, Because, Command, Controller, TICK_S};
 
 /// Nanoseconds in a second.

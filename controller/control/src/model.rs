@@ -107,10 +107,8 @@ pub struct Observation {
     pub drained_bytes: f64,
     /// Bytes of RAM saved so far.
     pub saved_bytes: f64,
-    /// Share of CPU time that the writers got.
+    /// Share of their CPU time that the writers kept.
     pub cpu_ratio: f64,
-    /// Writers are slowed down or wait, which is not in `cpu_ratio`: the guest would touch more than it can.
-    pub is_held_up: bool,
     /// The disk had something to do all the while.
     pub disk_was_busy: bool,
 }
@@ -150,10 +148,6 @@ impl Model {
         }
         let rate = seen.touched_bytes / (dt_s * seen.cpu_ratio);
         self.regime_s += dt_s;
-        // Writers that are held up touch as much as the disk lets them, not as much as they would.
-        if seen.is_held_up && rate < self.touch.value {
-            return;
-        }
         let usual = self.touch.deviation;
         let is_surprise = self.notice_surprise(rate, seen.saved_bytes);
         self.touch.update(rate, dt_s, LEVEL_S);
@@ -201,15 +195,6 @@ impl Model {
     #[must_use]
     pub const fn is_fitted(&self) -> bool {
         self.touch.known && self.drain.known
-    }
-
-    /// First-touch rate of a guest that is not throttled once so much is saved, in bytes per second: the line goes on
-    /// while nobody sees it because writers are held up. On the optimistic side.
-    #[must_use]
-    pub fn touch_rate_at(&self, saved_bytes: f64) -> f64 {
-        let is_line = self.line.weight > LINE_POINTS_MIN;
-        let falls_to = if is_line { self.line.at(saved_bytes) } else { self.touch.value };
-        (falls_to.min(self.touch.value) - self.touch.deviation).max(0.0)
     }
 
     /// Age of the present regime in seconds.
@@ -276,7 +261,6 @@ mod tests {
                 drained_bytes: 20e6,
                 saved_bytes: hot_bytes - left,
                 cpu_ratio,
-                is_held_up: false,
                 disk_was_busy: true,
             });
         }
@@ -311,7 +295,6 @@ mod tests {
                 drained_bytes: 20e6,
                 saved_bytes: f64::from(tick) * 50e6,
                 cpu_ratio: 1.0,
-                is_held_up: false,
                 disk_was_busy: true,
             });
         }
@@ -331,25 +314,6 @@ mod tests {
     }
 
     #[test]
-    fn writers_that_wait_do_not_look_like_writers_that_stopped() {
-        let mut model = Model::default();
-        observe_hot_set(&mut model, 1e12, 2e9, 1.0, 20);
-        let before = model.expected().touch_rate;
-        for _ in 0..40 {
-            model.observe(&Observation {
-                elapsed_s: DT_S,
-                touched_bytes: 20e6,
-                drained_bytes: 20e6,
-                saved_bytes: 2e9,
-                cpu_ratio: 1.0,
-                is_held_up: true,
-                disk_was_busy: true,
-            });
-        }
-        assert!((model.expected().touch_rate - before).abs() < 1.0);
-    }
-
-    #[test]
     fn a_disk_without_work_is_not_taken_to_be_slow() {
         let mut model = Model::default();
         observe_hot_set(&mut model, 1e12, 1e8, 1.0, 20);
@@ -359,7 +323,6 @@ mod tests {
             drained_bytes: 0.0,
             saved_bytes: 1e9,
             cpu_ratio: 1.0,
-            is_held_up: false,
             disk_was_busy: false,
         });
         assert!(model.expected().drain_rate > 390e6);
@@ -375,7 +338,6 @@ mod tests {
                 drained_bytes: rates[tick % 2] * DT_S,
                 saved_bytes: 0.0,
                 cpu_ratio: 1.0,
-                is_held_up: false,
                 disk_was_busy: is_busy,
             });
         }
@@ -415,13 +377,5 @@ mod tests {
         let before = model.expected().touch_rate;
         observe_hot_set(&mut model, 1e12, 0.0, 0.001, 10);
         assert!((model.expected().touch_rate - before).abs() < 1.0);
-    }
-
-    #[test]
-    fn the_line_goes_on_while_nobody_sees_it() {
-        let mut model = Model::default();
-        let left = observe_hot_set(&mut model, 4e9, 1e9, 1.0, 40);
-        let (now, later) = (model.touch_rate_at(4e9 - left), model.touch_rate_at(4e9 - left / 2.0));
-        assert!(later < now * 0.6, "{later} and {now}");
     }
 }

@@ -5,7 +5,7 @@ use alloc::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Command, Policy, Sample};
+use crate::{Command, Policy, Sample, Vcpu};
 
 /// The first line.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,8 +26,8 @@ pub struct Tick<'a> {
     pub dt_s: f64,
     /// What was seen; nothing if it was lost.
     pub sample: Option<Sample>,
-    /// First touches by each virtual CPU so far, in bytes.
-    pub vcpu_touched_bytes: Cow<'a, [u64]>,
+    /// What each virtual CPU has done so far; empty if that is not known.
+    pub vcpus: Cow<'a, [Vcpu]>,
     /// What was commanded.
     pub command: Command,
     /// The share of each virtual CPU.

@@ -30,14 +30,23 @@ pub struct Sample {
     pub buffer_used_bytes: u64,
     /// Its bound now, in bytes.
     pub buffer_limit_bytes: u64,
-    /// Share of their time that the writing virtual CPUs could really use since the last sample, if it was measured:
-    /// neither withheld by a throttle nor lost because the buffer was full or nearly so (fault stalls beyond
-    /// what the same bytes cost while there is room).
-    pub cpu_ratio: Option<f64>,
     /// Fault stalls since the last sample, if probes measure them.
     pub stall: Option<Stall>,
     /// Memory of the host, if it was read.
     pub host: Option<Host>,
+}
+
+/// What one virtual CPU has done so far. Counters, taken with the sample.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Vcpu {
+    /// Bytes saved because it wrote to them first.
+    pub touched_bytes: u64,
+    /// How long it would have run if nobody had held it back, in nanoseconds.
+    pub wanted_ns: u64,
+    /// For how much of this it did run, in nanoseconds: no throttle withheld it, nor was it lost because the buffer was full or
+    /// nearly so (waits for faults beyond what the same bytes cost while there is room).
+    pub kept_ns: u64,
 }
 
 /// Fault stalls, as the guest sees them.
@@ -168,8 +177,8 @@ impl Baseline {
 
 /// What can be told from one sample alone.
 fn alone(sample: &Sample) -> Result<(), Absurdity> {
-    let ratios = [sample.cpu_ratio, sample.host.map(|host| host.memory_pressure_ratio)];
-    if ratios.into_iter().flatten().any(|ratio| !(ratio.is_finite() && ratio >= 0.0)) {
+    let pressure = sample.host.map(|host| host.memory_pressure_ratio);
+    if pressure.is_some_and(|ratio| !(ratio.is_finite() && ratio >= 0.0)) {
         return Err(Absurdity::Ratio);
     }
     // A buffer that was made smaller holds more than its bound until the disk has taken it.

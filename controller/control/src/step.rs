@@ -26,18 +26,17 @@
 //! them is seen, and not forecast: it costs a second, and many a burst ends within it.
 //!
 //! **The least share** is what writers keep, not what is commanded: where a nearly full buffer takes from them as well,
-//! the throttle takes that much less ([`crate::kept`]).
-
-use alloc::vec;
-use alloc::vec::Vec;
+//! the throttle takes that much less ([`crate::kept`]). Who got too little in the last second is owed it, and gets all until
+//! that is made good.
 
 use crate::forecast::{Forecast, Position, forecast, persistence_ratio, position};
 use crate::kept::Kept;
 use crate::model::{Fit, Model, Observation};
 use crate::policy::{BUFFER_BYTES_MIN, OnInfeasible, Policy, PolicyError, WINDOW_S};
-use crate::sample::{Absurdity, Baseline, Blindness, Sample, Seen};
+use crate::sample::{Absurdity, Baseline, Blindness, Sample, Seen, Vcpu};
 use crate::stalls::Stalls;
-use crate::{NS_PER_S, count, number, vcpu};
+use crate::vcpu::Vcpus;
+use crate::{NS_PER_S, count, number};
 
 /// Length of a tick for which the constants are chosen, in seconds.
 pub const TICK_S: f64 = 0.05;
@@ -51,10 +50,6 @@ const SWEEP_BYTES: f64 = (32_u64 << 20) as f64;
 const USEFUL_RATIO: f64 = 0.3;
 /// Share of the buffer from which on the engine captures less for a fault, which holds writers up.
 const HELD_UP_RATIO: f64 = 0.65;
-/// Whoever waits for room touches as much as the disk takes, noise aside; at least this share of it.
-const WAITING_RATIO: f64 = 0.5;
-/// Room that one who waits may leave unused for a moment: a disk takes extents of 2 MiB, so many a moment has nothing of either.
-const UNUSED_BYTES: f64 = (4_u64 << 20) as f64;
 /// Share of the buffer from which on it is as good as full: soon the engine captures page by page.
 const FULL_RATIO: f64 = 0.88;
 /// A regime is taken to last for so many times its age, at least for [`REGIME_S_MIN`].
@@ -64,8 +59,13 @@ const REGIME_S_MIN: f64 = 1.0;
 /// A regime must have lasted so many times as long as it takes until the buffer is full: it then lasts until there with
 /// a probability of 3 in 4.
 const OVERFLOW_AGES: f64 = 3.0;
+/// Share of `min_cpu` below which writers are owed what they did not get: short of that is within what can be measured.
+const OWED_RATIO: f64 = 0.9;
 /// How long the forecast must have said so before the snapshot is given up, in seconds.
 const EVIDENCE_S: f64 = 0.5;
+/// For how long in a row writers must have got too little of the second before, in seconds: longer than one tick, which may be
+/// wrong.
+const BROKEN_S: f64 = 0.15;
 /// How long fault stalls may be over the limit although the guest gets no more than it must, in seconds.
 const STALLED_S: f64 = 1.0;
 /// Steps in search of the largest share that fits.
@@ -75,7 +75,7 @@ const ROOM_S: f64 = 1.0;
 /// How fast CPU time is given back else, as a share per second.
 const RELEASE_PER_S: f64 = 0.3;
 /// Changes upwards by less than this share are not worth a write to the cgroup.
-const HYSTERESIS_RATIO: f64 = 0.03;
+const HYSTERESIS_RATIO: f64 = 0.05;
 /// How long the last command is held when there are no samples, in seconds.
 const HOLD_S: f64 = 1.0;
 /// Buffer in use from which on the disk has something to do, in bytes.
@@ -180,17 +180,16 @@ pub struct Controller {
     blind_s: f64,
     /// How long an abort has been called for, in seconds, by reason.
     overflow_s: f64,
+    broken_s: f64,
     stalled_s: f64,
     late_s: f64,
     kept: Kept,
-    unused: Unused,
+    /// Whether writers are owed CPU time.
+    is_owed: bool,
     stalls: Stalls,
     /// Upper bound on the CPU share that fault stalls have brought about.
     stall_ratio: f64,
-    /// Counters of the virtual CPUs at the last good sample, and their smoothed rates.
-    touched_bytes: Vec<u64>,
-    rates: Vec<f64>,
-    shares: Vec<f64>,
+    vcpus: Vcpus,
 }
 
 impl Controller {
@@ -214,22 +213,21 @@ impl Controller {
             began_ns: None,
             blind_s: 0.0,
             overflow_s: 0.0,
+            broken_s: 0.0,
             stalled_s: 0.0,
             late_s: 0.0,
             kept: Kept::new(),
-            unused: Unused::default(),
+            is_owed: false,
             stalls: Stalls::default(),
             stall_ratio: 1.0,
-            touched_bytes: vec![0; vcpus],
-            rates: vec![0.0; vcpus],
-            shares: vec![1.0; vcpus],
+            vcpus: Vcpus::new(vcpus),
         })
     }
 
     /// Share of its CPU time that each virtual CPU keeps, as of the last command.
     #[must_use]
     pub fn vcpu_shares(&self) -> &[f64] {
-        &self.shares
+        self.vcpus.shares()
     }
 
     /// From now on other limits; what has been learnt of guest and disk stays.
@@ -248,36 +246,27 @@ impl Controller {
         self.model.is_fitted().then(|| self.model.expected())
     }
 
-    /// One tick of `dt_s` seconds. `vcpu_touched_bytes` counts first touches by each virtual CPU; empty if that is
-    /// not known. It never panics, whatever it is given.
-    pub fn step(
-        &mut self,
-        sample: Option<&Sample>,
-        vcpu_touched_bytes: &[u64],
-        dt_s: f64,
-    ) -> Command {
+    /// One tick of `dt_s` seconds. `vcpus` has what each virtual CPU has done, or is empty if that is not known: all are then
+    /// treated alike, taken to have kept what was commanded, and what a full buffer costs them goes unseen. It never
+    /// panics, whatever it is given.
+    pub fn step(&mut self, sample: Option<&Sample>, vcpus: &[Vcpu], dt_s: f64) -> Command {
         let dt_s_known = if dt_s > 0.0 && dt_s < 10.0 { dt_s } else { TICK_S };
         match self.baseline.see(sample, dt_s) {
             Ok(Some(seen)) => {
                 self.blind_s = 0.0;
-                self.see_vcpus(vcpu_touched_bytes, seen.elapsed_s);
-                self.decide(&seen);
+                let kept_ratio = self.vcpus.see(vcpus, seen.elapsed_s);
+                self.decide(&seen, kept_ratio.unwrap_or(self.command.cpu_ratio));
             }
             Ok(None) => {
                 if let Some(first) = sample {
                     self.began_ns = Some(first.taken_ns);
                     self.command.buffer_limit_bytes = first.buffer_limit_bytes;
                 }
-                self.rebase_vcpus(vcpu_touched_bytes);
+                self.vcpus.rebase(vcpus);
             }
             Err(blindness) => self.hold(blindness, dt_s_known),
         }
-        vcpu::divide(
-            self.command.cpu_ratio,
-            self.policy.min_cpu_ratio,
-            &self.rates,
-            &mut self.shares,
-        );
+        self.vcpus.divide(self.command.cpu_ratio, self.policy.min_cpu_ratio);
         self.command
     }
 
@@ -295,45 +284,22 @@ impl Controller {
         }
     }
 
-    fn rebase_vcpus(&mut self, touched_bytes: &[u64]) {
-        if touched_bytes.len() == self.touched_bytes.len() {
-            self.touched_bytes.copy_from_slice(touched_bytes);
-        }
-    }
-
-    fn see_vcpus(&mut self, touched_bytes: &[u64], elapsed_s: f64) {
-        /// Time constant of the rates, in seconds: work moves between virtual CPUs more slowly than it changes.
-        const CONSTANT_S: f64 = 0.5;
-        let gain = elapsed_s / (CONSTANT_S + elapsed_s);
-        if touched_bytes.len() != self.touched_bytes.len() {
-            self.rates.fill(0.0);
-            return;
-        }
-        for (index, rate) in self.rates.iter_mut().enumerate() {
-            let grown = touched_bytes[index].saturating_sub(self.touched_bytes[index]);
-            // What it would write if it were left alone.
-            let share = self.shares[index].max(0.01);
-            *rate += gain * (number(grown) / elapsed_s / share - *rate);
-        }
-        self.touched_bytes.copy_from_slice(touched_bytes);
-    }
-
-    fn decide(&mut self, seen: &Seen) {
+    fn decide(&mut self, seen: &Seen, kept_ratio: f64) {
         let now = &seen.now;
         self.model.observe(&Observation {
             elapsed_s: seen.elapsed_s,
             touched_bytes: seen.touched_bytes,
             drained_bytes: seen.drained_bytes,
             saved_bytes: number(now.saved_bytes),
-            cpu_ratio: now.cpu_ratio.unwrap_or(self.command.cpu_ratio).min(1.0),
-            is_held_up: now.cpu_ratio.is_none() && is_held_up(now),
+            cpu_ratio: kept_ratio,
             disk_was_busy: now.buffer_used_bytes >= BUSY_BYTES,
         });
         if !self.model.is_fitted() {
             self.command.because = Because::Learning;
             return;
         }
-        self.notice_kept(seen);
+        self.kept.see(seen.elapsed_s, kept_ratio, self.command.cpu_ratio);
+        self.notice_owed();
         let from = position(now.total_bytes - now.saved_bytes, now.buffer_used_bytes);
         let reachable = number(self.size_buffer(now, from));
         self.command.forecast =
@@ -400,9 +366,16 @@ impl Controller {
             (self.stall_ratio + change * elapsed_s).clamp(self.policy.min_cpu_ratio, 1.0);
     }
 
-    /// The share with which writers keep `min_cpu`, whatever else takes from them.
+    /// Whether writers got so much less than `min_cpu` in the last second that no more may be taken from them, until that is
+    /// made good.
+    fn notice_owed(&mut self) {
+        let least = self.policy.min_cpu_ratio * if self.is_owed { 1.0 } else { OWED_RATIO };
+        self.is_owed = self.kept.in_window().is_some_and(|kept| kept < least);
+    }
+
+    /// The share with which writers keep `min_cpu`, whatever else takes from them; all as long as they are owed some.
     fn least(&self) -> f64 {
-        self.kept.to_command(self.policy.min_cpu_ratio)
+        if self.is_owed { 1.0 } else { self.kept.to_command(self.policy.min_cpu_ratio) }
     }
 
     /// Whether there is room enough to give this share at once and see: it lasts for [`ROOM_S`], on the pessimistic side.
@@ -417,7 +390,7 @@ impl Controller {
         let before = self.command.cpu_ratio;
         let target = free.min(self.stall_ratio).clamp(self.least(), 1.0);
         let is_trifle = target < 1.0 && target - before < HYSTERESIS_RATIO;
-        let after = if target < before || (room_lasts && !is_trifle) {
+        let after = if target < before || self.is_owed || (room_lasts && !is_trifle) {
             target
         } else if is_trifle {
             before
@@ -425,7 +398,9 @@ impl Controller {
             target.min(before + RELEASE_PER_S * elapsed_s)
         };
         self.command.cpu_ratio = after;
-        self.command.because = if after >= 1.0 {
+        self.command.because = if self.is_owed {
+            Because::Release
+        } else if after >= 1.0 {
             Because::Fits
         } else if self.stall_ratio < free {
             Because::Stalls
@@ -456,13 +431,14 @@ impl Controller {
         let add =
             |so_far: &mut f64, holds: bool| *so_far = if holds { *so_far + elapsed_s } else { 0.0 };
         add(&mut self.overflow_s, overflows);
+        add(&mut self.broken_s, is_broken);
         add(&mut self.stalled_s, at_least && self.stalls.are_over());
         add(&mut self.late_s, is_late);
         let (reason, evidence_s) = if self.late_s >= EVIDENCE_S {
             (AbortReason::Deadline, self.late_s)
         } else if self.overflow_s >= EVIDENCE_S {
             (AbortReason::BufferOverflow, self.overflow_s)
-        } else if is_broken {
+        } else if self.broken_s >= BROKEN_S {
             (AbortReason::MinCpu, WINDOW_S)
         } else if self.stalled_s >= STALLED_S {
             (AbortReason::StallLimit, self.stalled_s)
@@ -475,24 +451,6 @@ impl Controller {
         }
         self.command.because = Because::Abort;
         self.command.abort = Some(self.abort(reason, best, &fit, evidence_s));
-    }
-
-    /// Follows what share of their time writers could really use.
-    fn notice_kept(&mut self, seen: &Seen) {
-        let now = &seen.now;
-        let in_force = self.command.cpu_ratio;
-        let alone = self.model.touch_rate_at(number(now.saved_bytes));
-        self.unused.see(seen);
-        let kept = match now.cpu_ratio {
-            Some(measured) => measured,
-            // Of a guest that is held up is left what it touches, out of what it would. If it touches much less than the
-            // disk takes, then it has room, and no wish to write.
-            None if is_held_up(now) && self.unused.is_waiting() && alone > 0.0 => {
-                (seen.touched_bytes / seen.elapsed_s / alone).min(in_force)
-            }
-            None => in_force,
-        };
-        self.kept.see(seen.elapsed_s, kept, in_force);
     }
 
     fn abort(
@@ -514,22 +472,6 @@ impl Controller {
     }
 }
 
-/// How far a guest has fallen behind one that waits for room, in bytes: at most twice [`UNUSED_BYTES`].
-#[derive(Clone, Copy, Debug, Default)]
-struct Unused(f64);
-
-impl Unused {
-    fn see(&mut self, seen: &Seen) {
-        let unused = self.0 + seen.drained_bytes * WAITING_RATIO - seen.touched_bytes;
-        self.0 = unused.clamp(0.0, 2.0 * UNUSED_BYTES);
-    }
-
-    /// Whether it may still be one that waits: who does not use the room that there is has no wish to write.
-    fn is_waiting(&self) -> bool {
-        self.0 < UNUSED_BYTES
-    }
-}
-
 /// How much of a buffer with this bound is planned with, in bytes.
 fn useful_bytes(limit: f64) -> f64 {
     SWEEP_BYTES + (limit - SWEEP_BYTES).max(0.0) * USEFUL_RATIO
@@ -547,11 +489,6 @@ fn largest_share(least: f64, holds: impl Fn(f64) -> bool) -> f64 {
         if holds(middle) { best = middle } else { too_much = middle }
     }
     best
-}
-
-/// Whether the buffer is so full that writers are slowed down.
-fn is_held_up(sample: &Sample) -> bool {
-    number(sample.buffer_used_bytes) >= number(sample.buffer_limit_bytes) * HELD_UP_RATIO
 }
 
 #[cfg(test)]

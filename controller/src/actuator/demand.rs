@@ -1,11 +1,11 @@
-//! How much CPU time a virtual CPU would use if no quota held it back.
+//! How much CPU time a virtual CPU would use if nothing held it back: neither a quota nor a full copy buffer.
 //!
 //! A share is of that, not of a whole CPU: on a host that is short of CPUs, or for a guest that is idle half of the time, a
 //! quota of 60 % of a CPU takes nothing away at all.
 //!
-//! What a virtual CPU uses while no quota holds it back is seen. While one does, it is taken to be what was seen last; but a
-//! guest may have come to life meanwhile. So the estimate then approaches what the virtual CPU uses of the time that the
-//! quota leaves alone, which is the most that it can be: others get the CPU only while it does not run.
+//! What a virtual CPU uses while nothing holds it back is seen. While something does, it is taken to be what was seen last; but a
+//! guest may have come to life meanwhile. So the estimate then approaches what the virtual CPU uses of the time in which it
+//! is left alone, which is the most that it can be: others get the CPU only while it does not run.
 
 use std::time::Duration;
 
@@ -33,20 +33,20 @@ impl Default for Demand {
 }
 
 impl Demand {
-    /// Notes what became of `elapsed`; returns the demand in it, as time.
-    pub fn observe(&mut self, elapsed: Duration, ran: Duration, withheld: Duration) -> Duration {
+    /// Notes what became of `elapsed`, for `held` of which it was held back; returns the demand in it, as time.
+    pub fn observe(&mut self, elapsed: Duration, ran: Duration, held: Duration) -> Duration {
         let (elapsed_s, ran_s) = (elapsed.as_secs_f64(), ran.as_secs_f64());
         if elapsed.is_zero() {
             return Duration::ZERO;
         }
         let used = (ran_s / elapsed_s).min(1.0);
-        if withheld.as_secs_f64() < HELD_RATIO * elapsed_s {
+        if held.as_secs_f64() < HELD_RATIO * elapsed_s {
             self.recent[self.oldest] = used;
             self.oldest = (self.oldest + 1) % REMEMBERED;
             self.estimate = self.recent.iter().copied().fold(0.0, f64::max);
             return ran.min(elapsed);
         }
-        let left_alone_s = elapsed.saturating_sub(withheld).as_secs_f64();
+        let left_alone_s = elapsed.saturating_sub(held).as_secs_f64();
         let most = if ran_s < left_alone_s { ran_s / left_alone_s } else { 1.0 };
         let gain = elapsed_s / (GROWTH_S + elapsed_s);
         self.estimate = (self.estimate + gain * (most - self.estimate).max(0.0)).max(used);

@@ -16,4 +16,4 @@ mod tests;
 mod throttle;
 
 pub use journal::{default_directory, in_words, leftovers, repair, repair_after};
-pub use throttle::{SHARE_MIN, Throttle, withheld_ratio};
+pub use throttle::{SHARE_MIN, Throttle, Used, withheld_ratio};

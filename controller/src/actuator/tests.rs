@@ -21,6 +21,7 @@ use crate::units::number;
 
 const DEADLINE: Duration = Duration::from_secs(120);
 const SPINNERS: usize = 2;
+const NOTHING_LOST: [Duration; SPINNERS] = [Duration::ZERO; SPINNERS];
 /// How often a while is looked for in which nobody else uses the CPUs.
 const WINDOWS: u32 = 20;
 
@@ -150,7 +151,7 @@ fn virtual_cpus_get_their_share_and_nobody_else_is_touched() {
         // A quota may be overdrawn by a timer tick in some periods, and is then the less in the next.
         assert!(u128::from(run_ns) * 10 <= elapsed_ns * 3 / 2, "{run_ns} ns in {elapsed_ns} ns");
         poll("time withheld", || {
-            throttle.measure().unwrap();
+            throttle.measure(&NOTHING_LOST).unwrap();
             throttle.withheld_ns() > 0
         });
 
@@ -186,7 +187,7 @@ fn what_is_withheld_is_what_was_commanded() {
                 eprintln!("SKIPPED: whether so much is withheld, for others use the CPUs");
             }
         }
-        throttle.measure().unwrap();
+        throttle.measure(&NOTHING_LOST).unwrap();
         assert!(throttle.withheld_ns() > 0);
     });
 }
@@ -201,9 +202,9 @@ fn a_share_is_of_what_a_virtual_cpu_has_on_a_busy_host() {
             sched_setaffinity(Some(*thread), &one).unwrap();
         }
         let mut throttle = Throttle::find(state_dir, getpid(), &threads[..1]).unwrap();
-        throttle.measure().unwrap();
+        throttle.measure(&NOTHING_LOST).unwrap();
         let before = Window::of(threads);
-        throttle.measure().unwrap();
+        throttle.measure(&NOTHING_LOST).unwrap();
         throttle.set(&[0.5]).unwrap();
         let Quota { quota_us, period_us } = group_of(threads[0]).quota().unwrap();
         let has = before.ran.as_secs_f64() / before.elapsed.as_secs_f64();

@@ -57,6 +57,15 @@ struct Vcpu {
     withheld_ns: Option<u64>,
 }
 
+/// What became of the time of one virtual CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Used {
+    /// How long it would have run if nothing had held it back.
+    pub wanted: Duration,
+    /// How long of that it ran.
+    pub kept: Duration,
+}
+
 /// The throttle of one VMM's virtual CPUs. Dropping it puts everything back.
 pub struct Throttle {
     state_dir: PathBuf,
@@ -107,23 +116,22 @@ impl Throttle {
         }
     }
 
-    /// The share of what virtual CPUs would have used that they really got since this was last asked; nothing if they
-    /// wanted nothing.
+    /// What each virtual CPU used since this was last asked, of which it has `lost` so much to anything but a quota.
     ///
     /// # Errors
     /// If the kernel does not tell.
-    pub fn measure(&mut self) -> Result<Option<f64>, ThrottleError> {
+    pub fn measure(&mut self, lost: &[Duration]) -> Result<Vec<Used>, ThrottleError> {
         let elapsed = self.measured_at.elapsed();
         self.measured_at = Instant::now();
-        let (mut used, mut wanted) = (0.0, 0.0);
-        for vcpu in &mut self.vcpus {
+        let mut used = Vec::with_capacity(self.vcpus.len());
+        for (vcpu, lost) in self.vcpus.iter_mut().zip(lost) {
             let ran = vcpu.ran();
             let withheld = vcpu.withheld()?;
             self.withheld_ns += as_nanos(withheld);
-            used += ran.as_secs_f64();
-            wanted += vcpu.demand.observe(elapsed, ran, withheld).as_secs_f64();
+            let wanted = vcpu.demand.observe(elapsed, ran, withheld + *lost);
+            used.push(Used { wanted, kept: ran.min(wanted) });
         }
-        Ok((wanted > 0.0).then(|| (used / wanted).min(1.0)))
+        Ok(used)
     }
 
     /// For how long virtual CPUs wanted to run and their quota forbade it, all together from the first change to the last

@@ -3,7 +3,7 @@
 //! ```text
 //!   Progress ─┐                                         ┌─▶ throttle        share of each virtual CPU
 //!   stalls   ─┼─▶ Sample ─▶ Controller::step ─▶ Command ┼─▶ BufferLimit     bound of the copy buffer
-//!   cpu.stat ─┤   (livesnap-control)            │       └─▶ Cancel::abort   with forecast and evidence
+//!   cpu.stat ─┤   Vcpu     (livesnap-control)   │       └─▶ Cancel::abort   with forecast and evidence
 //!   meminfo  ─┘                                 ▼
 //!                                        record, account, progress bar
 //! ```
@@ -17,11 +17,12 @@ mod live;
 mod policy;
 mod record;
 mod state;
+mod waits;
 
 use std::time::{Duration, Instant};
 
 use livesnap_control::record::Tick;
-use livesnap_control::{Command, Controller, Host, Policy, Sample, Stall};
+use livesnap_control::{Command, Controller, Host, Policy, Sample, Stall, Vcpu};
 use procfs::Current as _;
 use serde_json::{Value, json};
 use snapshot_core::vmm::Vmm as _;
@@ -29,7 +30,7 @@ use snapshot_core::vmm::qemu::QemuVmm;
 use snapshot_core::{Abort, BufferLimit, Cancel, Phase, Progress, Reason};
 
 use crate::Failure;
-use crate::actuator::Throttle;
+use crate::actuator::{Throttle, Used};
 use crate::probes::SnapshotProbes;
 use crate::units::{as_nanos, number, percent, whole};
 
@@ -42,6 +43,7 @@ pub use policy::{
 use record::Recorder;
 pub use state::State;
 use state::{Action, Decisions, Outlook};
+use waits::{Waits, has_room};
 
 /// Progress that comes sooner than this after the last decision brings nothing new.
 const TICK_MIN: Duration = Duration::from_millis(25);
@@ -62,8 +64,9 @@ pub struct Acting {
     throttle: Option<Throttle>,
     /// Their ids, by which first touches are told.
     vcpu_ids: Vec<u32>,
-    /// Bytes saved because of each one's writes.
-    touched_bytes: Vec<u64>,
+    /// What each has done so far.
+    vcpus: Vec<Vcpu>,
+    waits: Vec<Waits>,
     /// The share of each virtual CPU that was asked for last.
     shares: Vec<f64>,
     buffer_limit: BufferLimit,
@@ -139,7 +142,8 @@ impl ControlLoop {
             limits: limits.clone(),
             throttle,
             vcpu_ids: threads.iter().map(|thread| thread.as_raw_pid().unsigned_abs()).collect(),
-            touched_bytes: vec![0; threads.len()],
+            vcpus: vec![Vcpu::default(); threads.len()],
+            waits: vec![Waits::default(); threads.len()],
             shares: vec![1.0; threads.len()],
             buffer_limit: buffer_limit.clone(),
             cancel: cancel.clone(),
@@ -206,7 +210,7 @@ impl Acting {
         let elapsed = elapsed.unwrap_or_default();
         self.account.count(as_nanos(elapsed), self.cpu_ratio());
         self.account.note_limit(progress.buffer_limit_bytes);
-        let cpu_ratio = self.measure_cpu_ratio();
+        self.measure(progress, elapsed);
         match &mut self.law {
             Law::Fixed(share) => {
                 let share = *share;
@@ -230,8 +234,6 @@ impl Acting {
                     drained_bytes: progress.drained_bytes,
                     buffer_used_bytes: progress.buffer_used_bytes,
                     buffer_limit_bytes: progress.buffer_limit_bytes,
-                    // What writes lose that wait for room is in no account of the kernel's: the core estimates it.
-                    cpu_ratio: (!is_full(progress)).then_some(cpu_ratio),
                     // How many were over another limit before does not matter any more.
                     stall: total
                         .filter(|_| changed.is_none())
@@ -243,27 +245,14 @@ impl Acting {
                 } else {
                     elapsed.as_secs_f64()
                 };
-                for (id, bytes) in self.vcpu_ids.iter().zip(&mut self.touched_bytes) {
-                    let mut touches = progress.first_touches.iter();
-                    *bytes =
-                        touches.find(|touch| touch.thread == *id).map_or(0, |touch| touch.bytes);
-                }
-                let touched_bytes = &self.touched_bytes;
-                let command = controller.step(Some(&sample), touched_bytes, dt_s);
+                let command = controller.step(Some(&sample), &self.vcpus, dt_s);
                 self.shares.copy_from_slice(controller.vcpu_shares());
                 if let Some(recorder) = &mut self.recorder {
-                    let vcpu_touched_bytes = touched_bytes.as_slice().into();
+                    let vcpus = self.vcpus.as_slice().into();
                     let shares = self.shares.as_slice().into();
                     let sample = Some(sample);
                     let policy = changed;
-                    recorder.tick(&Tick {
-                        policy,
-                        dt_s,
-                        sample,
-                        vcpu_touched_bytes,
-                        command,
-                        shares,
-                    });
+                    recorder.tick(&Tick { policy, dt_s, sample, vcpus, command, shares });
                 }
                 let least = policy.min_cpu_ratio;
                 self.last.get_or_insert(Last { at: now, stall: None }).stall = total;
@@ -340,12 +329,40 @@ impl Acting {
         }
     }
 
-    /// The share of what they wanted that virtual CPUs really got since the last tick.
-    fn measure_cpu_ratio(&mut self) -> f64 {
-        let Some(throttle) = &mut self.throttle else { return 1.0 };
-        let measured = throttle.measure();
-        self.account.withheld_ns = throttle.withheld_ns();
-        measured.ok().flatten().unwrap_or_else(|| self.cpu_ratio())
+    /// Follows what virtual CPUs write, want and get.
+    fn measure(&mut self, progress: &Progress, elapsed: Duration) {
+        let has_room = has_room(progress.buffer_used_bytes, progress.buffer_limit_bytes);
+        let told = |id| progress.first_touches.iter().find(|touch| touch.thread == id);
+        let mut lost = Vec::with_capacity(self.vcpus.len());
+        for ((id, vcpu), waits) in self.vcpu_ids.iter().zip(&mut self.vcpus).zip(&mut self.waits) {
+            let wait_ns = told(*id).map_or(0, |touch| touch.wait_ns);
+            vcpu.touched_bytes = told(*id).map_or(0, |touch| touch.bytes);
+            lost.push(waits.see(vcpu.touched_bytes, wait_ns, elapsed, has_room));
+        }
+        let used = self.used(&lost, elapsed);
+        for (vcpu, used) in self.vcpus.iter_mut().zip(used) {
+            vcpu.wanted_ns += as_nanos(used.wanted);
+            vcpu.kept_ns += as_nanos(used.kept);
+        }
+    }
+
+    /// What virtual CPUs used that have lost so much of `elapsed`: as the kernel tells, or else what they were left.
+    fn used(&mut self, lost: &[Duration], elapsed: Duration) -> Vec<Used> {
+        if let Some(throttle) = &mut self.throttle {
+            let measured = throttle.measure(lost);
+            self.account.withheld_ns = throttle.withheld_ns();
+            if let Ok(used) = measured {
+                return used;
+            }
+        }
+        let is_throttled = self.throttle.is_some();
+        let left = self.shares.iter().map(|share| if is_throttled { *share } else { 1.0 });
+        left.zip(lost)
+            .map(|(share, lost)| Used {
+                wanted: elapsed,
+                kept: elapsed.mul_f64(share).saturating_sub(*lost),
+            })
+            .collect()
     }
 
     /// The end: all is put back, and the record is complete.
@@ -356,7 +373,7 @@ impl Acting {
         if let Some(last) = &self.last {
             let elapsed = last.at.elapsed();
             self.account.count(as_nanos(elapsed), self.cpu_ratio());
-            self.measure_cpu_ratio();
+            self.used(&vec![Duration::ZERO; self.vcpus.len()], elapsed);
         }
         if let Some(mut throttle) = self.throttle.take()
             && let Err(error) = throttle.restore()
@@ -390,11 +407,6 @@ pub fn in_brief(cpu_ratio: f64, forecast: Option<(f64, Option<f64>)>) -> String 
         }
     }
     text
-}
-
-/// Whether writes wait for room, or for being captured page by page because there is hardly any.
-const fn is_full(progress: &Progress) -> bool {
-    progress.buffer_used_bytes >= progress.buffer_limit_bytes / 10 * 9
 }
 
 /// What came after `before`.

@@ -108,6 +108,15 @@ impl Judged {
         }
     }
 
+    /// Changes of the throttle's direction that nothing called for: whatever slows a disk down, or wakes a guest up, and
+    /// then is over calls for two.
+    #[must_use]
+    pub fn reversals_without_cause(&self) -> u32 {
+        let events = self.scenario.events.iter();
+        let begun = events.filter(|event| event.start_s < self.controlled.copying_s).count();
+        self.controlled.reversals.saturating_sub(u32::try_from(2 * begun).unwrap_or(u32::MAX))
+    }
+
     /// Whether faults stalled longer than under plain waiting, beyond the width of a bucket.
     #[must_use]
     pub fn stalls_more_than_waiting(&self) -> bool {

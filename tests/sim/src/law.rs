@@ -142,7 +142,7 @@ impl Law for Controlled {
             && let Some((sample, vcpus)) = &mut seen
         {
             sample.touched_bytes = 0;
-            vcpus.fill(0);
+            vcpus.iter_mut().for_each(|vcpu| vcpu.touched_bytes = 0);
         }
         let (sample, vcpus) = seen.unzip();
         let vcpus = vcpus.unwrap_or_default();
@@ -152,7 +152,7 @@ impl Law for Controlled {
                 policy: None,
                 dt_s: TICK_S,
                 sample,
-                vcpu_touched_bytes: vcpus.into(),
+                vcpus: vcpus.into(),
                 command,
                 shares: self.controller.vcpu_shares().to_vec().into(),
             });

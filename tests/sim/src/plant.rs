@@ -149,8 +149,8 @@ pub struct Plant<'a> {
     pub drained: f64,
     /// Bytes that each virtual CPU touched first.
     pub vcpu_touched: Vec<f64>,
-    /// CPU time that writers had, less what a full buffer cost them; weighted, in seconds.
-    pub writers_work_s: f64,
+    /// CPU time that each had, less what a full buffer cost it, in seconds.
+    pub vcpu_kept_s: Vec<f64>,
     /// All stalls, and those over the limit.
     pub stalls: Stalls,
     /// Faults that took longer than the policy allows.
@@ -193,7 +193,7 @@ impl<'a> Plant<'a> {
             touched: 0.0,
             drained: 0.0,
             vcpu_touched: vec![0.0; scenario.vcpus.len()],
-            writers_work_s: 0.0,
+            vcpu_kept_s: vec![0.0; scenario.vcpus.len()],
             stalls: Stalls::default(),
             over_limit: 0.0,
             work_s: 0.0,
@@ -329,11 +329,14 @@ impl<'a> Plant<'a> {
         self.overrun = self.overrun.max(self.used - bytes(self.scenario.policy.buffer_bytes_max));
 
         self.time_s += STEP_S;
-        for (weight, share) in self.scenario.vcpus.iter().zip(&setting.shares) {
-            self.work_s += share * STEP_S * if *weight > 0.0 { pace * done } else { 1.0 };
+        let vcpus = self.scenario.vcpus.iter().zip(&setting.shares).zip(&mut self.vcpu_kept_s);
+        for ((weight, share), kept_s) in vcpus {
+            let (works, keeps) =
+                if *weight > 0.0 { (pace * done, narrowed * done) } else { (1.0, 1.0) };
+            self.work_s += share * works * STEP_S;
+            *kept_s += share * keeps * STEP_S;
         }
         self.lost_s += (1.0 - done * narrowed) * STEP_S;
-        self.writers_work_s += writers * done * narrowed * STEP_S;
         self.watch_limits(writers * done * narrowed);
     }
 

@@ -38,7 +38,7 @@ pub fn replay(from: impl BufRead) -> Result<usize> {
             controller.set_policy(policy)?;
         }
         let sample = recorded.sample.as_ref();
-        let command = controller.step(sample, &recorded.vcpu_touched_bytes, recorded.dt_s);
+        let command = controller.step(sample, &recorded.vcpus, recorded.dt_s);
         ensure!(
             command == recorded.command && recorded.shares == controller.vcpu_shares(),
             "line {number}: the control core now commands {command:?}, not {:?}",

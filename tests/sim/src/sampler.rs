@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use livesnap_control::{Sample, Stall};
+use livesnap_control::{Sample, Stall, Vcpu};
 
 use crate::plant::Plant;
 use crate::random::Random;
@@ -16,14 +16,12 @@ const LATE_TICKS: usize = 5;
 pub struct Sampler {
     random: Random,
     /// The last samples, youngest first.
-    taken: VecDeque<(Sample, Vec<u64>)>,
+    taken: VecDeque<(Sample, Vec<Vcpu>)>,
     before: Counted,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Counted {
-    time_s: f64,
-    writers_work_s: f64,
     faults: f64,
     over_limit: f64,
 }
@@ -36,18 +34,13 @@ impl Sampler {
     }
 
     /// What is seen now, with the counters of the virtual CPUs; nothing if the sample is lost.
-    pub fn sample(&mut self, plant: &Plant, limit: f64) -> Option<(Sample, Vec<u64>)> {
+    pub fn sample(&mut self, plant: &Plant, limit: f64) -> Option<(Sample, Vec<Vcpu>)> {
         let sampling = plant.scenario.sampling;
         let (lost, late) = (self.random.unit(), self.random.unit());
         let behind = self.random.pick(&[1, 2, 3]);
         self.taken.push_front(self.take(plant, limit));
         self.taken.truncate(LATE_TICKS);
-        self.before = Counted {
-            time_s: plant.time_s,
-            writers_work_s: plant.writers_work_s,
-            faults: plant.stalls.count(),
-            over_limit: plant.over_limit,
-        };
+        self.before = Counted { faults: plant.stalls.count(), over_limit: plant.over_limit };
         let is_blind = (sampling.blind_from_s..sampling.blind_until_s).contains(&plant.time_s);
         if lost < sampling.lost || is_blind {
             return None;
@@ -61,10 +54,8 @@ impl Sampler {
         Some((sample, vcpus))
     }
 
-    fn take(&self, plant: &Plant, limit: f64) -> (Sample, Vec<u64>) {
+    fn take(&self, plant: &Plant, limit: f64) -> (Sample, Vec<Vcpu>) {
         let scenario = plant.scenario;
-        let since_s = plant.time_s - self.before.time_s;
-        let worked = (plant.writers_work_s - self.before.writers_work_s) / since_s.max(1e-9);
         let sample = Sample {
             taken_ns: whole(plant.time_s * 1e9),
             age_ns: 0,
@@ -74,7 +65,6 @@ impl Sampler {
             drained_bytes: whole(plant.drained),
             buffer_used_bytes: whole(plant.used),
             buffer_limit_bytes: whole(limit),
-            cpu_ratio: scenario.sampling.cpu_is_measured.then_some(worked),
             stall: Some(Stall {
                 faults: whole(plant.stalls.count() - self.before.faults),
                 over_limit: whole(plant.over_limit - self.before.over_limit),
@@ -82,6 +72,12 @@ impl Sampler {
             }),
             host: None,
         };
-        (sample, plant.vcpu_touched.iter().map(|bytes| whole(*bytes)).collect())
+        let vcpus =
+            plant.vcpu_touched.iter().zip(&plant.vcpu_kept_s).map(|(touched, kept_s)| Vcpu {
+                touched_bytes: whole(*touched),
+                wanted_ns: whole(plant.time_s * 1e9),
+                kept_ns: whole(kept_s * 1e9),
+            });
+        (sample, vcpus.collect())
     }
 }

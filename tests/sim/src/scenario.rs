@@ -61,8 +61,6 @@ pub struct Sampling {
     pub lost: f64,
     /// Probability that one comes late.
     pub late: f64,
-    /// Whether the CPU time that writers really get is measured.
-    pub cpu_is_measured: bool,
     /// Nothing is seen from then.
     pub blind_from_s: f64,
     /// Until then.
@@ -317,7 +315,6 @@ fn sampling(random: &mut Random, lasts_s: f64) -> Sampling {
     Sampling {
         lost: random.pick(&[0.0, 0.02, 0.1]),
         late: random.pick(&[0.0, 0.05]),
-        cpu_is_measured: random.chance(0.8),
         blind_from_s,
         blind_until_s: blind_from_s + random.between(0.3, 2.0),
     }
