@@ -14,7 +14,6 @@ use livesnap_sim::table::Table;
 const FIRST: u64 = 1_000_000;
 const SEEDS: u64 = 1000;
 const CPU_LEFT: &str = "CPU left, share of the oracle's";
-const CPU_NOT_NEEDED: &str = "CPU left where none need be taken";
 const TIME_LOST: &str = "writers' time lost to a full buffer";
 
 fn thousand(variant: Variant) -> Vec<Judged> {
@@ -32,11 +31,7 @@ fn missed(judged: &[Judged]) -> Vec<&'static str> {
 fn the_controller_spares_the_guest_and_a_full_buffer() {
     let mut judged = thousand(Variant::Whole);
     let missed_by_all = missed(&judged);
-    for what in
-        [CPU_LEFT, CPU_NOT_NEEDED, TIME_LOST, "buffer overruns", "limits broken that could be kept"]
-    {
-        assert!(!missed_by_all.contains(&what), "{missed_by_all:?}");
-    }
+    assert!(missed_by_all.is_empty(), "{missed_by_all:?}");
     judged.retain(|case| case.scenario.guest == SMALL_RING);
     assert!(judged.len() > 50 && !missed(&judged).contains(&CPU_LEFT));
 }
