@@ -332,6 +332,25 @@ mod tests {
     }
 
     #[test]
+    fn no_working_set_is_larger_than_memory() {
+        // As if none of it had been seen twice: it must have come from all 32 GiB.
+        let fit = inputs(4e9).fit(4e9, 0.0, 1.0);
+        assert!((fit.depletion_per_s - 4e9 / number(32 * GIB)).abs() < 1e-9, "{fit:?}");
+    }
+
+    #[test]
+    fn how_much_there_is_to_be_written_is_as_unsure_as_it_was_measured() {
+        let unsure = PlanInputs { unsaved_error_bytes: number(16 * GIB), ..inputs(0.0) };
+        let policy = Policy { deadline_ns: Some(60_000_000_000), ..policy() };
+        // 86 s for what is expected; for what it may be, 43 or 129.
+        let told = plan(&unsure, &policy).verdict;
+        assert!(
+            matches!(told, Verdict::Uncertain { reason: AbortReason::Deadline, .. }),
+            "{told:?}"
+        );
+    }
+
+    #[test]
     fn a_deadline_that_the_disk_cannot_keep_is_told_and_one_that_it_may_keep_is_not_refused() {
         let policy = Policy { deadline_ns: Some(60_000_000_000), ..policy() };
         let told = |inputs: &PlanInputs| plan(inputs, &policy).verdict;

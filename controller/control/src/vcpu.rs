@@ -134,7 +134,19 @@ mod tests {
         assert!((see(&[vcpu(0, 10), vcpu(0, 10)]) - 1.0).abs() < 1e-9, "nobody writes");
         let idle = Vcpu { touched_bytes: 1000, ..Vcpu::default() };
         assert!((see(&[idle, idle]) - 1.0).abs() < 1e-9, "nobody wanted anything");
-        assert_eq!(Vcpus::new(2).see(&[vcpu(1, 1)], 0.05), None);
+        let more = see(&[vcpu(1000, 60), vcpu(1000, 25)]);
+        assert!((more - 0.75).abs() < 1e-9, "nobody keeps more than he wanted: {more}");
+    }
+
+    #[test]
+    fn who_is_not_measured_is_cut_like_the_others() {
+        let mut vcpus = Vcpus::new(2);
+        vcpus.see(&[vcpu(1000, 50), vcpu(0, 50)], 0.05);
+        vcpus.divide(0.5, 0.3);
+        assert_eq!(vcpus.shares(), [0.5, 1.0]);
+        assert_eq!(vcpus.see(&[vcpu(1000, 50)], 0.05), None);
+        vcpus.divide(0.5, 0.3);
+        assert_eq!(vcpus.shares(), [0.5, 0.5]);
     }
 
     #[test]
